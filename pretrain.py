@@ -1,0 +1,164 @@
+"""Makes the parts of the toy model that a UIP2P training starts from: CLIP, VAE and a text-to-image UNet.
+
+    python pretrain.py                       # all three in turn, into models/toy
+    python pretrain.py --parts vae           # one of them (text2image needs the other two)
+
+Real training starts from Stable Diffusion 1.5 and CLIP ViT-L/14 instead; these small ones have the same files in the
+same layout and run through the same code.
+"""
+import argparse
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from tqdm import trange
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+import toy
+from losses import CLIP_MEAN, CLIP_STD
+from vae import VAE
+
+WIDTH = 64                                                    # of the text encoder, hence of the UNet's context
+CLIP = dict(
+    projection_dim=64, logit_scale_init_value=math.log(10),
+    text_config=dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4),
+    vision_config=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                       image_size=toy.SIZE, patch_size=4))
+AUTOENCODER = dict(
+    _class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1,
+    block_out_channels=[24, 48, 64], norm_num_groups=8, act_fn="silu", sample_size=toy.SIZE,
+    down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3)
+
+
+def make_tokenizer(path):
+    """A CLIP tokenizer (bytes, bytes that end a word, merges) whose merges make each word of the toy world one token."""
+    texts = [t for split in toy.SPLITS for i in range(600) for e in [toy.edit(split, i)]
+             for t in (e.scene.caption, e.edited.caption, e.instruction, e.reverse_instruction)]
+    words = sorted({w for t in texts for w in t.replace(",", " ").split()})
+    spelled, merges = [list(w[:-1]) + [w[-1] + "</w>"] for w in words], []
+    while pairs := Counter(pair for word in spelled for pair in zip(word, word[1:])):
+        best = max(sorted(pairs), key=pairs.get)
+        merges.append(best)
+        for word in spelled:
+            for i in reversed(range(len(word) - 1)):
+                if tuple(word[i:i + 2]) == best:
+                    word[i:i + 2] = ["".join(best)]
+    letters = sorted(ByteLevel.alphabet())
+    tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    (path / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>", pad_token="<|endoftext|>"), indent=2))
+    return CLIPTokenizer.from_pretrained(path)
+
+
+def train(model, loss_of, steps, lr, precision, name):
+    """Minimises loss_of(step): AdamW, linear warm-up over 100 steps, then a half cosine down to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=.01)
+    progress = trange(steps, desc=name)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / 100, .5 + .5 * math.cos(math.pi * step / steps))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def batch_of_edits(step, size, split="train"):
+    return [toy.edit(split, step * size + i) for i in range(size)]
+
+
+def pretrain_clip(path, steps, precision):
+    """Contrastive training on (image, caption).  A batch holds scenes and their edits, so that near neighbours must be
+    told apart; images that share a caption are no negatives of each other.  Blur and noise on the images keep the
+    embedding meaningful where the losses need it: on one-step estimates, which are blurred."""
+    tokenizer = make_tokenizer(path / "tokenizer")
+    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                   pad_token_id=tokenizer.eos_token_id, vocab_size=len(tokenizer))
+    clip = CLIPModel._from_config(CLIPConfig(**CLIP | dict(text_config=CLIP["text_config"] | special)),
+                                  attn_implementation="eager")
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+
+    def similarities(scenes, images):
+        tokens = tokenizer([s.caption for s in scenes], padding=True, return_tensors="pt")
+        return clip(**tokens, pixel_values=(images / 2 + .5 - mean) / std).logits_per_image.float()
+
+    def loss_of(step):
+        edits = batch_of_edits(step, 64)
+        scenes = [e.scene for e in edits] + [e.edited for e in edits]
+        images = toy.render(scenes)
+        blurred = F.avg_pool2d(F.pad(images, [1] * 4, mode="replicate"), 3, 1)
+        images = torch.lerp(images, blurred, torch.rand(len(images), 1, 1, 1))
+        images = images + .3 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
+        names = [(s.background, *sorted(o.name for o in s.objects)) for s in scenes]
+        same = torch.tensor([[a == b for b in names] for a in names]).float()
+        same = same / same.sum(1, keepdim=True)
+        logits = similarities(scenes, images)
+        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+
+    train(clip, loss_of, steps, 1e-3, precision, "clip")
+    clip.eval().save_pretrained(path / "clip")
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
+    text_encoder.save_pretrained(path / "text_encoder")
+    scenes = list({s.caption: s for s in (toy.edit("test", i).scene for i in range(400))}.values())[:100]
+    with torch.no_grad():
+        found = similarities(scenes, toy.render(scenes)).argmax(1) == torch.arange(100)
+    print(f"CLIP: the right one among the captions of 100 test scenes in {found.float().mean():.0%}")
+
+
+def pretrain_vae(path, steps, precision):
+    """L1 reconstruction and a small KL term; the latents' scale is measured at the end, as Stable Diffusion's 0.18215 was."""
+    vae = VAE(AUTOENCODER)
+
+    def loss_of(step):
+        edits = batch_of_edits(step, 32)
+        images = toy.render([e.scene for e in edits] + [e.edited for e in edits])
+        mean, logvar = (m.float() for m in vae.moments(images))
+        decoded = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean))
+        kl = (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
+        return (decoded.float() - images).abs().mean() + 5e-4 * kl
+
+    train(vae, loss_of, steps, 2e-3, precision, "vae")
+    with torch.no_grad():
+        images = toy.render([toy.edit("test", i).edited for i in range(500)])
+        latents = vae.encode(images)
+        error = (vae.decode(latents) - images).abs().mean() / 2
+    (path / "vae").mkdir(parents=True, exist_ok=True)
+    (path / "vae/config.json").write_text(json.dumps(AUTOENCODER | dict(scaling_factor=round(1 / latents.std().item(), 5)),
+                                                     indent=2))
+    save_file(vae.state_dict(), path / "vae/diffusion_pytorch_model.safetensors")
+    print(f"VAE: L1 {error:.4f} on 500 test scenes (range 0-1), standard deviation of the latents {latents.std():.3f}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--output", type=Path, default=Path("models/toy"))
+    p.add_argument("--parts", nargs="+", choices=("clip", "vae", "text2image"), default=("clip", "vae", "text2image"))
+    p.add_argument("--clip-steps", type=int, default=1500)
+    p.add_argument("--vae-steps", type=int, default=2500)
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster where the CPU has AMX")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    for part in args.parts:
+        torch.manual_seed(args.seed)
+        if part == "clip":
+            pretrain_clip(args.output, args.clip_steps, args.precision)
+        if part == "vae":
+            pretrain_vae(args.output, args.vae_steps, args.precision)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""UIP2P's model: Stable Diffusion's parts as InstructPix2Pix joins them, guided DDIM sampling (`EditModel.edit`), and
+the paper's cycle of one forward and one reverse edit (`cycle`).
+
+    model = EditModel.from_pretrained("models/toy")          # or "timbrooks/instruct-pix2pix"
+    edited = model.edit(images, ["make the background pink"])
+"""
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from unet import UNet
+from vae import VAE, modern_names
+
+STOP_WORDS = set("a an the this that it its his her their and or of to in on at by for from with into as is are be".split())
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def find_model(path_or_id):
+    """The local directory of a model: the path itself, or the hub's files (safetensors only), downloaded once."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or str(path_or_id).startswith(".") or str(path_or_id).count("/") != 1:
+        raise ValueError(f"{path_or_id} is neither a model directory nor a hub id like timbrooks/instruct-pix2pix")
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=[
+            f"{part}/*.{end}" for part in (*WEIGHTS, "tokenizer", "scheduler") for end in ("json", "txt", "safetensors")]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"{path_or_id} is no local directory, and the hub did not give it: "
+                         f"{str(error).splitlines()[0]}") from None
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {path.parent} is not a complete model in the hub's layout") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def weight_files(folder, stem):
+    """(the safetensors files of a model part: one, or the shards that an index names; their variant, None or "fp16")."""
+    for variant in (None, "fp16"):
+        name = f"{stem}.{variant}" if variant else stem
+        index = folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
+        if (folder / f"{name}.safetensors").is_file():
+            return [folder / f"{name}.safetensors"], variant
+        if index.is_file():
+            return [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))], variant
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
+    if pickles:
+        raise ValueError(f"{pickles[0]} is a pickle, which may run code when loaded; convert it where you trust it: safetensors"
+                         f".torch.save_file(torch.load('{pickles[0].name}', weights_only=True), '{stem}.safetensors')")
+    raise ValueError(f"{folder} has no {stem}.safetensors")
+
+
+def load_part(network, folder, adapt=lambda state: state):
+    """Builds network(config) from the config.json of a folder and fills it, strictly, from its safetensors.  `adapt`
+    may change (config, state dict) before.  ValueError names the file and what is wrong with it."""
+    state, config = {}, read_json(folder / "config.json")
+    for file in weight_files(folder, "diffusion_pytorch_model")[0]:
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
+    config, state = adapt(config, state)
+    with torch.device("meta"):                                # no memory or time for weights that are replaced at once
+        module = network(config)
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise ValueError(f"{folder}: the weights do not fit config.json: {lines[1].strip()[:300]}") from None
+    return module
+
+
+def with_image_channels(config, state):
+    """A text-to-image UNet becomes InstructPix2Pix's: as many input channels again, for the image latents, at zero."""
+    latents = config.get("out_channels", 4)
+    if config.get("in_channels", 4) == latents and "conv_in.weight" in state:
+        weight = state["conv_in.weight"]                                                  # (C, 4, 3, 3)
+        state["conv_in.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)    # (C, 8, 3, 3)
+        config = config | {"in_channels": 2 * latents}
+    return config, state
+
+
+class EditModel:
+    """InstructPix2Pix's parts: `unet`, `vae`, `text_encoder`, `tokenizer`, and the noise schedule's `alphas_cumprod`."""
+
+    def __init__(self, unet, vae, text_encoder, tokenizer, scheduler, defaults=None):
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.scheduler, self.defaults = scheduler, defaults or {}
+        for key, value in (("beta_schedule", "scaled_linear"), ("prediction_type", "epsilon")):
+            if scheduler.get(key, value) != value:
+                raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is not supported, only {value!r}")
+        betas = torch.linspace(scheduler.get("beta_start", 0.00085) ** .5, scheduler.get("beta_end", 0.012) ** .5,
+                               scheduler.get("num_train_timesteps", 1000)) ** 2
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0).to(self.device)                 # (1000,), abar_t
+
+    @classmethod
+    def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32, unet="unet"):
+        """Loads a model in the hub's layout of SD 1.5 and InstructPix2Pix; `unet` names the UNet's subfolder.
+        Raises ValueError, in one line, for anything that is not a complete model of that architecture."""
+        path = find_model(path_or_id)
+        unet = load_part(UNet, path / unet, with_image_channels)
+        vae = load_part(VAE, path / "vae", lambda config, state: (config, modern_names(state)))
+        scheduler = read_json(path / "scheduler/scheduler_config.json")
+        _, variant = weight_files(path / "text_encoder", "model")
+        try:
+            text_encoder, report = CLIPTextModel.from_pretrained(
+                path / "text_encoder", variant=variant, use_safetensors=True, dtype=dtype, output_loading_info=True)
+            tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path}: the text encoder or its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+        if report["missing_keys"]:
+            raise ValueError(f"{path / 'text_encoder'} lacks weights: {sorted(report['missing_keys'])[0]}")
+        defaults = path / "edit_defaults.json"
+        for module in (unet, vae, text_encoder):
+            module.to(device, dtype).requires_grad_(False).eval()
+        return cls(unet, vae, text_encoder, tokenizer, scheduler, read_json(defaults) if defaults.is_file() else None)
+
+    def save_pretrained(self, path):
+        """Writes the model in the layout it was loaded from, each file under a temporary name first."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path) as temporary:
+            new = Path(temporary)
+            self.text_encoder.save_pretrained(new / "text_encoder")
+            self.tokenizer.save_pretrained(new / "tokenizer")
+            for name, module in (("unet", self.unet), ("vae", self.vae)):
+                (new / name).mkdir()
+                (new / name / "config.json").write_text(json.dumps(
+                    {"_class_name": {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[name]} | module.config, indent=2))
+                save_file({k: v.contiguous() for k, v in module.state_dict().items()},
+                          new / name / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+            (new / "scheduler").mkdir()
+            (new / "scheduler/scheduler_config.json").write_text(json.dumps(self.scheduler, indent=2))
+            (new / "model_index.json").write_text(json.dumps({
+                "_class_name": "StableDiffusionInstructPix2PixPipeline",
+                "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+                "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+                "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None],
+                "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False}, indent=2))
+            if self.defaults:
+                (new / "edit_defaults.json").write_text(json.dumps(self.defaults, indent=2))
+            for file in [f for f in new.rglob("*") if f.is_file()]:
+                target = path / file.relative_to(new)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+
+    @property
+    def device(self):
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self):
+        return self.unet.conv_in.weight.dtype
+
+    def tokenize(self, texts):
+        """List of B strings -> token ids (B, 77): start, text (cut to fit), end, and padding with the end token."""
+        return self.tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+
+    @torch.no_grad()
+    def encode_text(self, texts):
+        """List of B strings -> context (B, 77, D), the text encoder's last hidden state after its final layer norm."""
+        return self.text_encoder(self.tokenize(texts).to(self.device)).last_hidden_state
+
+    def content_tokens(self, texts):
+        """(B, 77) of 0 and 1: the tokens that carry an instruction, without start and end, stop words and punctuation."""
+        def carries(token):
+            word = token.removesuffix("</w>")
+            return token not in self.tokenizer.all_special_tokens and word not in STOP_WORDS and any(map(str.isalnum, word))
+        ids = self.tokenize(texts).tolist()
+        return torch.tensor([[float(carries(t)) for t in self.tokenizer.convert_ids_to_tokens(row)] for row in ids],
+                            device=self.device)
+
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> z_0, the clean latents at unit variance (B, 4, h, w)."""
+        return self.vae.encode(images) * self.vae.scaling_factor
+
+    def decode(self, z_0):
+        return self.vae.decode(z_0 / self.vae.scaling_factor)
+
+    def add_noise(self, z_0, noise, t):
+        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, for t (B,)."""
+        abar = self.alphas_cumprod[t].to(z_0.dtype)[:, None, None, None]
+        return abar.sqrt() * z_0 + (1 - abar).sqrt() * noise
+
+    def remove_noise(self, z_t, eps, t):
+        """The one-step estimate of the clean latents, z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)."""
+        abar = self.alphas_cumprod[t].to(z_t.dtype)[:, None, None, None]
+        return (z_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+
+    def ddim_timesteps(self, steps):
+        """The timesteps of DDIM, descending: multiples of the stride 1000 // steps, shifted by steps_offset."""
+        total = len(self.alphas_cumprod)
+        if not 1 <= steps <= total:
+            raise ValueError(f"steps must be between 1 and {total}, not {steps}")
+        return [i * (total // steps) + self.scheduler.get("steps_offset", 1) for i in reversed(range(steps))]
+
+    @torch.no_grad()
+    def edit(self, images, instructions, steps=50, text_guidance=7.5, image_guidance=1.5, noise=None, generator=None,
+             progress=False):
+        """Edits images by DDIM (eta 0) with the two guidance scales of InstructPix2Pix, equation 3.
+
+        images: (B, 3, H, W) in [-1, 1]; instructions: list of B strings
+        noise: (B, 4, h, w), the start; else drawn from `generator` (a CPU generator, so that every device gives one image)
+        Returns the edited images (B, 3, H, W), clamped to [-1, 1]."""
+        image_latents = self.vae.encode(images.to(self.device, self.dtype))
+        if noise is None:
+            noise = torch.randn(image_latents.shape, generator=generator)
+        z_t = noise.to(self.device, self.dtype)                                           # (B, 4, h, w)
+        text, no_text = self.encode_text(instructions), self.encode_text([""]).expand(len(images), -1, -1)
+        no_image = torch.zeros_like(image_latents)
+        # e(0,0) + s_I (e(I,0) - e(0,0)) + s_T (e(I,T) - e(I,0)), as one weight for each of the three branches
+        branches = [b for b in ((text_guidance, image_latents, text),
+                                (image_guidance - text_guidance, image_latents, no_text),
+                                (1 - image_guidance, no_image, no_text)) if b[0] != 0]
+        weights = [weight for weight, _, _ in branches]
+        conditions = torch.cat([image for _, image, _ in branches])                       # (n*B, 4, h, w)
+        context = torch.cat([text for _, _, text in branches])                            # (n*B, 77, D)
+        timesteps = self.ddim_timesteps(steps)
+        stride = len(self.alphas_cumprod) // steps
+        for t in tqdm(timesteps, "denoising", disable=not progress):
+            x = torch.cat([z_t.repeat(len(branches), 1, 1, 1), conditions], dim=1)        # (n*B, 8, h, w)
+            eps = self.unet(x, torch.full((len(x),), t, device=self.device), context)     # (n*B, 4, h, w)
+            eps = sum(w * e for w, e in zip(weights, eps.chunk(len(branches))))           # (B, 4, h, w)
+            abar, before = self.alphas_cumprod[t], self.alphas_cumprod[max(t - stride, 0)]
+            z_0 = (z_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+            z_t = before.sqrt() * z_0 + (1 - before).sqrt() * eps
+        return self.decode(z_t.to(self.dtype)).clamp(-1, 1)
