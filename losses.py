@@ -1,2 +1,89 @@
+"""The four losses of UIP2P, on CLIP embeddings, attention maps and pixels (equations of section 3.2 of the paper).
+
+Images are (B, 3, H, W) in [-1, 1]; every loss is a mean over the batch, so that its weight means the same at any size.
+"""
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import cosine_similarity
+from transformers import CLIPModel, CLIPTokenizer
+
+from attention import token_maps
+
+WEIGHTS = {"clip": 1.0, "attn": 0.5, "sim": 1.0, "recon": 1.0}       # L_CEC, equation 6: the paper's
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipScorer:
+    """A frozen CLIP as E: images and texts -> unit vectors.  Differentiable in the images."""
+
+    def __init__(self, clip, tokenizer):
+        self.clip, self.tokenizer = clip.eval().requires_grad_(False), tokenizer
+        self.size = clip.config.vision_config.image_size
+        self.mean, self.std = (torch.tensor(v, device=clip.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+
+    @classmethod
+    def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32):
+        """A CLIP of the hub's layout, for instance openai/clip-vit-large-patch14, whose text encoder is SD 1.5's."""
+        clip, report = CLIPModel.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"{path_or_id} lacks weights: {sorted(report['missing_keys'])[0]}")
+        return cls(clip.to(device), CLIPTokenizer.from_pretrained(path_or_id))
+
+    def embed_images(self, images):
+        """(B, 3, H, W) in [-1, 1] -> E_I (B, D): the short side resized, the centre cropped, CLIP's normalisation."""
+        scale = self.size / min(images.shape[-2:])
+        if scale != 1:
+            images = F.interpolate(images, scale_factor=scale, mode="bicubic", antialias=scale < 1, align_corners=False)
+        top, left = ((side - self.size) // 2 for side in images.shape[-2:])
+        images = images[:, :, top:top + self.size, left:left + self.size] / 2 + .5
+        features = self.clip.get_image_features(((images - self.mean) / self.std).to(self.clip.dtype))
+        return F.normalize(features.pooler_output.float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts):
+        """List of B strings -> E_T (B, D); texts longer than 77 tokens are cut."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(self.clip.device)
+        return F.normalize(self.clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
+
+
+def norm(x):
+    """||x||_2 of each sample, divided by the root of its number of values, so that no weight depends on the resolution
+    (the paper does not say; the mean square was measured too).  (B, ...) -> (B,)."""
+    return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
+
+
+def clip_direction_loss(E_input, E_edit, E_caption, E_edited_caption):
+    """L_CLIP = 1 - cos(E_Iedit - E_Iinput, E_Tedit - E_Tinput): the image moves as its caption does."""
+    return (1 - cosine_similarity(E_edit - E_input, E_edited_caption - E_caption)).mean()
+
+
+def clip_similarity_loss(E_edit, E_edited_caption):
+    """L_sim = 1 - cos(E_Iedit, E_Tedit): the edited image shows what the edited caption says."""
+    return (1 - cosine_similarity(E_edit, E_edited_caption)).mean()
+
+
+def attention_loss(forward_maps, reverse_maps):
+    """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.  Lists of (B, h, w), a layer each."""
+    return sum(norm(f - r).mean() for f, r in zip(forward_maps, reverse_maps, strict=True))
+
+
+def reconstruction_loss(images, reconstructed, E_input, E_recon):
+    """L_recon = ||I_input - I_recon||_2 + 1 - cos(E_Iinput, E_Irecon): undone, the edit leaves the input."""
+    return (norm(images - reconstructed) + 1 - cosine_similarity(E_input, E_recon)).mean()
+
+
+def cycle_losses(scorer, images, captions, edited_captions, cycle, forward_tokens, reverse_tokens, weights=WEIGHTS):
+    """The four losses of one round trip and their weighted sum, L_CEC: a dict of scalars clip, sim, attn, recon, cec.
+
+    images (B, 3, H, W); captions and edited_captions: lists of B strings; cycle: uip2p.Cycle
+    forward_tokens, reverse_tokens: (B, 77), the content tokens of the two instructions"""
+    E_input, E_edit, E_recon = scorer.embed_images(torch.cat([images, cycle.edited, cycle.reconstructed])).chunk(3)
+    E_caption, E_edited_caption = scorer.embed_texts(captions + edited_captions).chunk(2)
+    losses = {
+        "clip": clip_direction_loss(E_input, E_edit, E_caption, E_edited_caption),
+        "sim": clip_similarity_loss(E_edit, E_edited_caption),
+        "attn": attention_loss(token_maps(cycle.forward_maps, forward_tokens), token_maps(cycle.reverse_maps, reverse_tokens)),
+        "recon": reconstruction_loss(images, cycle.reconstructed, E_input, E_recon)}
+    return losses | {"cec": sum(weights[name] * loss for name, loss in losses.items())}

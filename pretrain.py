@@ -7,8 +7,10 @@ Real training starts from Stable Diffusion 1.5 and CLIP ViT-L/14 instead; these 
 same layout and run through the same code.
 """
 import argparse
+import copy
 import json
 import math
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -17,10 +19,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import trange
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import toy
-from losses import CLIP_MEAN, CLIP_STD
+from losses import CLIP_MEAN, CLIP_STD, ClipScorer
+from uip2p import EditModel, update_average
+from unet import UNet
 from vae import VAE
 
 WIDTH = 64                                                    # of the text encoder, hence of the UNet's context
@@ -33,6 +37,14 @@ AUTOENCODER = dict(
     _class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1,
     block_out_channels=[24, 48, 64], norm_num_groups=8, act_fn="silu", sample_size=toy.SIZE,
     down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3)
+TEXT2IMAGE = dict(
+    _class_name="UNet2DConditionModel", in_channels=4, out_channels=4, block_out_channels=[32, 64], layers_per_block=1,
+    attention_head_dim=2, cross_attention_dim=WIDTH, norm_num_groups=8, sample_size=toy.SIZE // 4,
+    down_block_types=["CrossAttnDownBlock2D"] * 2, up_block_types=["CrossAttnUpBlock2D"] * 2)
+SCHEDULER = dict(
+    _class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+    beta_schedule="scaled_linear", prediction_type="epsilon", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
+    timestep_spacing="leading")
 
 
 def make_tokenizer(path):
@@ -57,6 +69,16 @@ def make_tokenizer(path):
         tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", eos_token="<|endoftext|>",
         unk_token="<|endoftext|>", pad_token="<|endoftext|>"), indent=2))
     return CLIPTokenizer.from_pretrained(path)
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2))
+
+
+def save_part(module, folder, config):
+    write_json(folder / "config.json", config)
+    save_file({k: v.half() for k, v in module.state_dict().items()}, folder / "diffusion_pytorch_model.safetensors")
 
 
 def train(model, loss_of, steps, lr, precision, name):
@@ -101,7 +123,7 @@ def pretrain_clip(path, steps, precision):
         images = toy.render(scenes)
         blurred = F.avg_pool2d(F.pad(images, [1] * 4, mode="replicate"), 3, 1)
         images = torch.lerp(images, blurred, torch.rand(len(images), 1, 1, 1))
-        images = images + .3 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
+        images = images + .2 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images)
         names = [(s.background, *sorted(o.name for o in s.objects)) for s in scenes]
         same = torch.tensor([[a == b for b in names] for a in names]).float()
         same = same / same.sum(1, keepdim=True)
@@ -109,10 +131,9 @@ def pretrain_clip(path, steps, precision):
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
     train(clip, loss_of, steps, 1e-3, precision, "clip")
-    clip.eval().save_pretrained(path / "clip")
-    text_encoder = CLIPTextModel(clip.config.text_config)
-    text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
-    text_encoder.save_pretrained(path / "text_encoder")
+    clip.eval().half().save_pretrained(path / "clip")
+    clip.text_model.save_pretrained(path / "text_encoder")
+    tokenizer.save_pretrained(path / "clip")
     scenes = list({s.caption: s for s in (toy.edit("test", i).scene for i in range(400))}.values())[:100]
     with torch.no_grad():
         found = similarities(scenes, toy.render(scenes)).argmax(1) == torch.arange(100)
@@ -136,28 +157,59 @@ def pretrain_vae(path, steps, precision):
         images = toy.render([toy.edit("test", i).edited for i in range(500)])
         latents = vae.encode(images)
         error = (vae.decode(latents) - images).abs().mean() / 2
-    (path / "vae").mkdir(parents=True, exist_ok=True)
-    (path / "vae/config.json").write_text(json.dumps(AUTOENCODER | dict(scaling_factor=round(1 / latents.std().item(), 5)),
-                                                     indent=2))
-    save_file(vae.state_dict(), path / "vae/diffusion_pytorch_model.safetensors")
+    save_part(vae, path / "vae", AUTOENCODER | dict(scaling_factor=round(1 / latents.std().item(), 5)))
     print(f"VAE: L1 {error:.4f} on 500 test scenes (range 0-1), standard deviation of the latents {latents.std():.3f}")
+
+
+def pretrain_text2image(path, steps, precision):
+    """Denoising with the caption as condition, a tenth of the captions dropped for guidance; kept is the moving average."""
+    unet = UNet(TEXT2IMAGE)
+    write_json(path / "scheduler/scheduler_config.json", SCHEDULER)
+    save_part(unet, path / "text2image", TEXT2IMAGE)
+    model = EditModel.from_pretrained(path, unet="text2image")
+    ema = copy.deepcopy(unet)
+
+    def loss_of(step):
+        edits = batch_of_edits(step, 32)
+        scenes = [e.scene for e in edits] + [e.edited for e in edits]
+        with torch.no_grad():
+            z_0 = model.encode(toy.render(scenes))
+            context = model.encode_text([s.caption if random.random() > .1 else "" for s in scenes])
+        noise, t = torch.randn_like(z_0), torch.randint(1000, (len(z_0),))
+        update_average(ema, unet, step)
+        return F.mse_loss(unet(model.add_noise(z_0, noise, t), t, context).float(), noise)
+
+    train(unet, loss_of, steps, 1e-3, precision, "text2image")
+    save_part(ema, path / "text2image", TEXT2IMAGE)
+    model = EditModel.from_pretrained(path, unet="text2image")
+    scorer = ClipScorer.from_pretrained(path / "clip")
+    scenes = [toy.edit("test", i).scene for i in range(100)]
+    captions = [s.caption for s in scenes]
+    generated = model.edit(toy.render(scenes), captions, steps=20, text_guidance=3., image_guidance=1.)
+    with torch.no_grad():
+        found = (scorer.embed_images(generated) @ scorer.embed_texts(captions).T).argmax(1)
+    print(f"text2image: CLIP finds the right one among 100 captions for {(found == torch.arange(100)).float().mean():.0%}")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--output", type=Path, default=Path("models/toy"))
     p.add_argument("--parts", nargs="+", choices=("clip", "vae", "text2image"), default=("clip", "vae", "text2image"))
-    p.add_argument("--clip-steps", type=int, default=1500)
+    p.add_argument("--clip-steps", type=int, default=2500)
     p.add_argument("--vae-steps", type=int, default=2500)
+    p.add_argument("--text2image-steps", type=int, default=3000)
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster where the CPU has AMX")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     for part in args.parts:
         torch.manual_seed(args.seed)
+        random.seed(args.seed)
         if part == "clip":
             pretrain_clip(args.output, args.clip_steps, args.precision)
         if part == "vae":
             pretrain_vae(args.output, args.vae_steps, args.precision)
+        if part == "text2image":
+            pretrain_text2image(args.output, args.text2image_steps, args.precision)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """The toy world: small scenes of coloured shapes, with captions, edit instructions and the TRUE edited image.
 
-    python toy.py scenes.png        # draws a sheet of test edits: input, true edit, entangled pair
-
 A scene is a description; `render` turns descriptions into pixels.  Because an edit changes the description, the
 edited image, the mask of the edit and the edited caption are exact: the truth that no real data set has.
 """
 import random
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -187,12 +184,3 @@ def render(scenes):
 def edit_mask(images, edited):
     """Where an edit changes an image: (B, 3, H, W) twice -> bool (B, 1, H, W)."""
     return (images - edited).abs().amax(1, keepdim=True) > .06
-
-
-def main():
-    from torchvision_free import save_grid
-    raise SystemExit
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from attention import edit_region
 from unet import UNet
 from vae import VAE, modern_names
 
@@ -95,6 +96,13 @@ def with_image_channels(config, state):
     return config, state
 
 
+@torch.no_grad()
+def update_average(average, model, step, decay=.9999):
+    """The exponential moving average of the weights, warmed up as InstructPix2Pix does: min(decay, (1 + n) / (10 + n))."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+
+
 class EditModel:
     """InstructPix2Pix's parts: `unet`, `vae`, `text_encoder`, `tokenizer`, and the noise schedule's `alphas_cumprod`."""
 
@@ -136,7 +144,9 @@ class EditModel:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path) as temporary:
             new = Path(temporary)
-            self.text_encoder.save_pretrained(new / "text_encoder")
+            self.text_encoder.config.save_pretrained(new / "text_encoder")
+            save_file({f"text_model.{k}": v.contiguous() for k, v in self.text_encoder.state_dict().items()},
+                      new / "text_encoder/model.safetensors", {"format": "pt"})  # the prefix that every library reads
             self.tokenizer.save_pretrained(new / "tokenizer")
             for name, module in (("unet", self.unet), ("vae", self.vae)):
                 (new / name).mkdir()
@@ -166,6 +176,11 @@ class EditModel:
     @property
     def dtype(self):
         return self.unet.conv_in.weight.dtype
+
+    @property
+    def vae_factor(self):
+        """How many times smaller latents are than images: 8 in Stable Diffusion."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     def tokenize(self, texts):
         """List of B strings -> token ids (B, 77): start, text (cut to fit), end, and padding with the end token."""
@@ -240,3 +255,56 @@ class EditModel:
             z_0 = (z_t - (1 - abar).sqrt() * eps) / abar.sqrt()
             z_t = before.sqrt() * z_0 + (1 - before).sqrt() * eps
         return self.decode(z_t.to(self.dtype)).clamp(-1, 1)
+
+
+@dataclass
+class Cycle:
+    """What one round trip leaves for the losses: images (B, 3, H, W), and the attention maps of every layer."""
+    edited: torch.Tensor                                      # I_edit
+    reconstructed: torch.Tensor                               # I_recon
+    forward_maps: list                                        # A_f, one (B, heads, h, w, 77) a layer
+    reverse_maps: list                                        # A_r
+
+
+def one_step(model, z_t, t, image_latents, context, maps=None):
+    """A single noise prediction and the clean latents it means: the paper's edit (B, 4, h, w), differentiable."""
+    eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, context, maps)
+    # at large t an error of eps is multiplied by up to 14; no clean latent is farther out than this
+    return model.remove_noise(z_t, eps, t).clamp(-4, 4)
+
+
+def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, start="source", reverse_start="source",
+          reencode=False, sharp=False):
+    """The paper's round trip: (I_input, C_f) -> I_edit, then (I_edit, C_r) -> I_recon, one noise prediction each.
+
+    images: (B, 3, H, W) in [-1, 1]; instructions C_f, reverse_instructions C_r: lists of B strings
+    t, t_hat: (B,) timesteps of the forward and of the reverse edit; noise: (2, B, 4, h, w)"""
+    with torch.no_grad():
+        z_input = model.encode(images)                                                    # (B, 4, h, w)
+    scale = model.vae.scaling_factor
+    C_f, C_r = model.encode_text(instructions + reverse_instructions).chunk(2)
+    forward_maps, reverse_maps = [], []
+    z_start = z_input
+    if start == "rollout":
+        with torch.no_grad():
+            first = torch.maximum(t, (t + 1000) // 2)
+            z_start = one_step(model, model.add_noise(z_input, noise[1], first), first, z_input / scale, C_f)
+    z_t = noise[0] if start == "noise" else model.add_noise(z_start, noise[0], t)
+    z_edit = one_step(model, z_t, t, z_input / scale, C_f, forward_maps)
+    edited = model.decode(z_edit)                                                         # I_edit (B, 3, H, W)
+    seen = model.vae.encode(edited) if reencode else z_edit / scale
+    z_t = model.add_noise(z_input if reverse_start == "source" else z_edit, noise[1], t_hat)
+    z_recon = one_step(model, z_t, t_hat, seen, C_r, reverse_maps)
+    return Cycle(edited, model.decode(z_recon), forward_maps, reverse_maps)               # I_recon (B, 3, H, W)
+
+
+def edit_map(model, images, edited, instructions, t=500):
+    """Where an instruction acts, for pictures: one noise prediction on the edited images, noised to t.
+
+    images and edited (B, 3, H, W) -> (B, H, W) in [0, 1]; see `attention.edit_region`."""
+    maps, z_0 = [], model.encode(edited)
+    noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(z_0)
+    t = torch.full((len(images),), t, device=model.device)
+    with torch.no_grad():
+        one_step(model, model.add_noise(z_0, noise, t), t, model.vae.encode(images), model.encode_text(instructions), maps)
+    return edit_region(maps, model.content_tokens(instructions), images.shape[-2:])

@@ -1,0 +1,47 @@
+"""What the commands share: errors of one line, and the types of their numbers."""
+import argparse
+import math
+
+import torch
+from transformers.utils import logging
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, `COMMAND: error: ...`, without the usage text; exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def number(kind, low, high=math.inf):
+    """The argparse type of a finite int or float from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
+                                             + (f"of at least {low}" if high == math.inf else f"from {low} to {high}"))
+        return value
+    return parse
+
+
+positive_int = number(int, 1)
+non_negative_float = number(float, 0)
+seed_int = number(int, 0, 2 ** 63 - 1)
+
+
+def device(text):
+    """The argparse type of a torch device that works here."""
+    try:
+        torch.ones(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return text
+
+
+def quiet_transformers():
+    """No progress bar for the loading of a text encoder, no remark on a text that is too long: the commands say it."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,250 @@
+"""Trains the editor: by the paper's cycle consistency, or supervised as InstructPix2Pix.
+
+    python train.py                                             # the toy world, on a laptop's CPU
+    python train.py --objective ip2p --output runs/baseline     # the supervised baseline, on entangled pairs
+    python train.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --data photos --output runs/photos
+
+The same command resumes a run that was stopped.  A run's folder gets log.csv, curves.png, pictures of eight edits
+(step-*.png) and two models: `best`, of the lowest validation loss, and `model`, the last.
+"""
+import argparse
+import copy
+import csv
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from cli import Parser, non_negative_float, positive_int
+from data import Folder, ToyWorld, batches
+from losses import WEIGHTS, ClipScorer, cycle_losses
+from pictures import curves, grid, overlay, save_png
+from uip2p import EditModel, cycle, edit_map, update_average
+
+HERE = Path(__file__).resolve().parent
+# what the paper says; and what suits a model a thousand times smaller, trained for ten minutes
+PAPER = dict(unet="unet", clip="openai/clip-vit-large-patch14", lr=5e-5, batch_size=8, steps=11_000, resolution=256,
+             weights=list(WEIGHTS.values()), t_min=0)
+TOY = dict(unet="text2image", clip=str(HERE / "models/toy/clip"), lr=3e-4, batch_size=16, steps=1500, resolution=32,
+           weights=[3., .5, 2., 1.], t_min=0, model=str(HERE / "models/toy"))
+
+def learning_rate(step, peak, warmup=100):
+    """Linear warm-up, then constant: the paper names only the peak."""
+    return peak * min((step + 1) / warmup, 1)
+
+
+def denoising_loss(model, images, targets, texts, r, generator):
+    """||eps - eps_theta(z_t, t, E(c_I), c_T)||^2, section 3 of InstructPix2Pix, towards the targets (B, 3, H, W).
+
+    r (B,) in [0, 1) is its conditioning dropout: below .05 no text, to .10 neither, to .15 no image, above that both."""
+    with torch.no_grad():
+        mean, logvar = model.vae.moments(targets)
+        sample = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
+        z_0 = model.vae.scaling_factor * sample                                           # (B, 4, h, w)
+        image_latents = model.vae.encode(images) * ((r < .05) | (r >= .15))[:, None, None, None].to(images)
+        context = model.encode_text(["" if drop else text for text, drop in zip(texts, r < .10)])
+    noise = torch.randn(z_0.shape, generator=generator).to(z_0)
+    t = torch.randint(1000, (len(z_0),), generator=generator).to(z_0.device)
+    eps = model.unet(torch.cat([model.add_noise(z_0, noise, t), image_latents], dim=1), t, context)
+    return F.mse_loss(eps.float(), noise.float())
+
+
+def supervised_losses(model, batch, generator):
+    """The baseline: the edited image is the target, as in InstructPix2Pix."""
+    r = torch.rand(len(batch.images), generator=generator)
+    return {"loss": denoising_loss(model, batch.images, batch.edited_images, batch.instructions, r, generator)}
+
+
+def unsupervised_losses(model, scorer, batch, args, generator):
+    """L_CEC of a round trip, plus the denoising of the input without text: it keeps the two branches of guidance that the
+    cycle never visits, e(z, c_I, 0) and e(z, 0, 0).  The paper does not say how it does."""
+    B, sides = len(batch.images), [side // model.vae_factor for side in batch.images.shape[-2:]]
+    noise = torch.randn(2, B, model.vae.config["latent_channels"], *sides, generator=generator).to(batch.images)
+    t = torch.randint(args.t_min, 1000, (B,), generator=generator).to(model.device)
+    t_hat = torch.randint(1000, (B,), generator=generator).to(model.device)
+    trip = cycle(model, batch.images, batch.instructions, batch.reverse_instructions, t, t_hat, noise,
+                 args.start, args.reverse_start, args.reencode)
+    losses = cycle_losses(scorer, batch.images, batch.captions, batch.edited_captions, trip,
+                          model.content_tokens(batch.instructions), model.content_tokens(batch.reverse_instructions),
+                          dict(zip(WEIGHTS, args.weights)))
+    n = max(B // 2, 1)
+    r = .1 * torch.rand(n, generator=generator)
+    losses["denoise"] = denoising_loss(model, batch.images[:n], batch.images[:n], [""] * n, r, generator)
+    return losses | {"loss": losses["cec"] + args.denoise * losses["denoise"]}
+
+
+def compute_losses(model, scorer, batch, args, generator):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        if args.objective == "ip2p":
+            return supervised_losses(model, batch, generator)
+        return unsupervised_losses(model, scorer, batch, args, generator)
+
+
+@torch.no_grad()
+def validate(model, scorer, dataset, args):
+    """The losses on the validation samples, with the same noise and timesteps every time."""
+    totals = {}
+    for n, batch in zip(range(4), batches(dataset, args.batch_size, seed=0)):
+        generator = torch.Generator().manual_seed(n)
+        for name, loss in compute_losses(model, scorer, batch.to(model.device), args, generator).items():
+            totals[name] = totals.get(name, 0) + loss.item() / 4
+    return totals
+
+
+def figure(model, batch):
+    """Rows of figure 3: input, edit, reconstruction, A_f, A_r.  Edits are sampled as `edit.py` does."""
+    settings = {"steps": 10} | model.defaults
+    settings.pop("resolution", None)
+    edited = model.edit(batch.images, batch.instructions, generator=torch.Generator().manual_seed(0), **settings)
+    undone = model.edit(edited, batch.reverse_instructions, generator=torch.Generator().manual_seed(1), **settings)
+    A_f = edit_map(model, batch.images, edited, batch.instructions)
+    A_r = edit_map(model, edited, undone, batch.reverse_instructions)
+    rows = [[i, e, u, overlay(i, f), overlay(e, r)] for i, e, u, f, r in
+            zip(*[x.float().cpu() for x in (batch.images, edited, undone, A_f, A_r)])]
+    return grid(rows, ("input", "edit", "reconstruction", "A_f", "A_r"), batch.instructions)
+
+
+def replace_file(path, write):
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_log(path, rows):
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+    replace_file(path / "log.csv", write)
+    curves({name: [(row["step"], row[name]) for row in rows] for name in rows[0] if name not in ("step", "images")},
+           path / "curves.png")
+
+
+def parse(argv):
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--objective", choices=("cycle", "ip2p"), default="cycle", help="cycle consistency, or supervised pairs")
+    p.add_argument("--model", help="directory or hub id to start from (default: the toy model)")
+    p.add_argument("--unet", help="subfolder of the UNet to start from")
+    p.add_argument("--clip", help="directory or hub id of the CLIP that judges")
+    p.add_argument("--data", default="toy", help="'toy', or a folder with metadata.jsonl")
+    p.add_argument("--validation", help="a folder like --data (default: --data itself, or the toy world's own split)")
+    p.add_argument("--output", type=Path, default=Path("runs/cycle"))
+    p.add_argument("--steps", type=positive_int, help="optimizer steps")
+    p.add_argument("--batch-size", type=positive_int, help="images a forward pass")
+    p.add_argument("--accumulate", type=positive_int, default=1, help="forward passes an optimizer step")
+    p.add_argument("--resolution", type=positive_int, help="images are cropped to this square")
+    p.add_argument("--lr", type=non_negative_float, help="AdamW's learning rate")
+    p.add_argument("--clip-grad", type=non_negative_float, default=1.0, help="bound of the gradient's norm")
+    p.add_argument("--ema", type=non_negative_float, default=.9999, help="decay of the weights' moving average")
+    p.add_argument("--weights", type=non_negative_float, nargs=4, metavar=("CLIP", "ATTN", "SIM", "RECON"), help="of the losses")
+    p.add_argument("--denoise", type=non_negative_float, default=1.0, help="weight of denoising the input without text")
+    p.add_argument("--t-min", type=int, help="smallest timestep of the forward edit")
+    p.add_argument("--start", choices=("source", "noise", "rollout"), default="source", help="what is noised for the forward edit")
+    p.add_argument("--reverse-start", choices=("source", "edit"), default="source", help="what is noised for the reverse edit")
+    p.add_argument("--reencode", action="store_true", help="the reverse edit sees E(D(z_edit)) instead of z_edit")
+    p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
+    p.add_argument("--workers", type=int, default=0, help="processes that load images")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--log-every", type=positive_int, default=50)
+    p.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints, validations and pictures")
+    p.set_defaults(**TOY)
+    args = p.parse_args(argv)
+    if args.model != TOY["model"]:
+        p.set_defaults(**PAPER)
+        args = p.parse_args(argv)
+    args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
+    return p, args
+
+
+def open_data(path, split, args):
+    pairs = args.objective == "ip2p"
+    if path == "toy":
+        return ToyWorld(split, 1_000_000 if split == "train" else 64, args.seed, pairs)
+    return Folder(path, args.resolution, args.seed, pairs)
+
+
+def run(args):
+    model = EditModel.from_pretrained(args.model, args.device, unet=args.unet)
+    scorer = ClipScorer.from_pretrained(args.clip, args.device) if args.objective == "cycle" else None
+    train, validation = open_data(args.data, "train", args), open_data(args.validation or args.data, "validation", args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    unet = model.unet.requires_grad_(True).train()
+    unet.checkpointing = args.checkpointing
+    ema = copy.deepcopy(unet).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(unet.parameters(), args.lr, weight_decay=.01)
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("steps", "output", "log_every", "save_every", "workers")}
+    first, rows, best = 0, [], float("inf")
+    state_file = args.output / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, map_location=args.device, weights_only=True)
+        changed = [k for k in settings if settings[k] != state["settings"].get(k)]
+        if changed:
+            raise ValueError(f"{args.output} holds a run with another --{changed[0].replace('_', '-')} "
+                             f"({state['settings'].get(changed[0])}): choose another --output, or remove it")
+        unet.load_state_dict(state["unet"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, rows, best = state["step"], state["rows"], state["best"]
+    print(f"{args.objective} training of {sum(p.numel() for p in unet.parameters()):,} parameters on {args.device}, "
+          f"{args.precision}, from step {first}; " + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
+
+    loader = batches(train, args.batch_size, args.seed, first * args.accumulate, args.workers)
+    shown = next(batches(validation, 8, seed=0)).to(args.device)
+    sums, started, progress = {}, time.time(), tqdm(total=args.steps, initial=first, desc="train")
+    for step in range(first, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.lr)
+        for part in range(args.accumulate):
+            generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * args.accumulate + part)
+            losses = compute_losses(model, scorer, next(loader).to(args.device), args, generator)
+            (losses["loss"] / args.accumulate).backward()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach() / (args.log_every * args.accumulate)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), args.clip_grad, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(ema, unet, step, args.ema)
+        progress.update()
+        done = step + 1
+        if done % args.log_every == 0:
+            memory = (torch.cuda.max_memory_allocated() if args.device.startswith("cuda")
+                      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
+            images = done * args.batch_size * args.accumulate
+            rate = (images - first * args.batch_size * args.accumulate) / (time.time() - started)
+            rows.append({"step": done, "images": images} | {k: round(v.item(), 4) for k, v in sums.items()})
+            tqdm.write(", ".join(f"{k} {v}" for k, v in rows[-1].items()) + f", {rate:.1f} images/s, {memory:.1f} GiB")
+            sums = {}
+        if done % args.save_every == 0 or done == args.steps:
+            model.unet = ema
+            score = validate(model, scorer, validation, args)
+            score = score["cec" if args.objective == "cycle" else "loss"]
+            tqdm.write(f"step {done}: validation {'L_CEC' if args.objective == 'cycle' else 'loss'} {score:.4f}")
+            for name in ("best", "model") if score < best else ("model",):
+                model.save_pretrained(args.output / name)
+            save_png(figure(model, shown), args.output / f"step-{done:06d}.png")
+            model.unet = unet
+            best = min(best, score)
+            if rows:
+                write_log(args.output, rows)
+            replace_file(state_file, lambda path: torch.save(
+                {"unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                 "rows": rows, "best": best, "settings": settings}, path))
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    try:
+        run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.error(str(error).splitlines()[0])
+
+
+if __name__ == "__main__":
+    main()
