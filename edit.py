@@ -1,10 +1,13 @@
 """Edits images as an instruction says. Without any argument it draws the demo: figure 3 of the paper, in the toy world.
 
-    python edit.py                                                                                  # outputs/demo.png
+    python edit.py                                                                                 # outputs/demo.png
     python edit.py --input scene.png --edit "make the background pink" --output pink.png
-    python edit.py --input photo.jpg --edit "make it snow" --edit "add a dog" --output dog.png --model timbrooks/instruct-pix2pix
-    python edit.py --input photos --edit "make it snow" --output snowy --model runs/photos/best    # all images of a folder
-    python edit.py --input photo.jpg --edit "make it snow" --reverse "remove the snow" --output snow.png   # + snow-cycle.png
+    python edit.py --input photo.jpg --edit "make it snow" --edit "add a dog" --output o.png --model timbrooks/instruct-pix2pix
+    python edit.py --input photos --edit "make it snow" --output snowy --model runs/photos/best   # all images of a folder
+    python edit.py --input photo.jpg --edit "make it snow" --reverse "melt the snow" --output snow.png   # + snow-cycle.png
+
+An image is resized for the edit, not cropped, and the result is as large as the input.  Where a model recommends steps,
+guidance scales or a resolution (edit_defaults.json), they replace the defaults below; flags replace both.
 """
 import argparse
 import sys
@@ -21,24 +24,24 @@ from uip2p import EditModel, edit_map
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_SCENES = Path("outputs/demo.png"), 8
+COLUMNS = ("input", "edit", "reconstruction", "A_f", "A_r")   # of figure 3
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 LONGEST = 4096                                                # pixels of a side while it is edited
 BATCH = 8 * 512 ** 2                                          # pixels that are edited at once
-MAX_STEPS = 999                                               # steps + steps_offset must stay below 1000
 
 
 def parser():
     p = Parser("edit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--input", help="an image, or a folder of images")
     p.add_argument("--edit", action="append", default=[], help="instruction; several are applied in turn")
-    p.add_argument("--reverse", action="append", default=[], help="undoes the --edit of its rank: draws the cycle, OUTPUT-cycle.png")
+    p.add_argument("--reverse", action="append", default=[], help="undoes the --edit; the cycle is drawn, OUTPUT-cycle.png")
     p.add_argument("--output", help="a .png file, or a folder if the input is one")
     p.add_argument("--model", default=HERE / "models/toy", help="directory or hub id (%(default)s)")
-    p.add_argument("--steps", type=number(int, 1, MAX_STEPS), default=50, help="denoising steps (%(default)s, or what the model recommends)")
-    p.add_argument("--cfg-text", type=non_negative_float, default=7.5, help="guidance scale s_T of the text (%(default)s, or ...)")
-    p.add_argument("--cfg-image", type=non_negative_float, default=1.5, help="guidance scale s_I of the image (%(default)s, or ...)")
-    p.add_argument("--resolution", type=number(int, 16, 2048), default=512, help="the shorter side while it is edited (%(default)s, or ...)")
+    p.add_argument("--steps", type=number(int, 1, 999), default=50, help="denoising steps (%(default)s)")
+    p.add_argument("--cfg-text", type=non_negative_float, default=7.5, help="guidance scale s_T of the text (%(default)s)")
+    p.add_argument("--cfg-image", type=non_negative_float, default=1.5, help="guidance scale s_I of the image (%(default)s)")
+    p.add_argument("--resolution", type=number(int, 16, 2048), default=512, help="of the shorter side, inside (%(default)s)")
     p.add_argument("--seed", type=seed_int, default=0, help="of the noise, the same for every image and turn (%(default)s)")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     p.add_argument("--precision", choices=DTYPES, help="(fp16 on CUDA, else fp32)")
@@ -46,8 +49,8 @@ def parser():
 
 
 def check_files(args):
-    """Whatever can be wrong with the files, found before any work -> [(input, output, size of the input)]; [] for the demo."""
-    if not (args.input or args.edit or args.reverse or args.output):
+    """Finds, before any work, what is wrong with the files -> [(input, output, size of the input)]; [] for the demo."""
+    if args.input is None and args.output is None and not (args.edit or args.reverse):
         DEMO.parent.mkdir(exist_ok=True)
         check_writable(DEMO.parent)
         return []
@@ -56,7 +59,7 @@ def check_files(args):
             raise ValueError(f"--{flag} is missing; an edit needs --input, --edit and --output, the demo none of them")
     if args.reverse and len(args.reverse) != len(args.edit):
         raise ValueError(f"{len(args.reverse)} --reverse for {len(args.edit)} --edit: give one for each, or none")
-    if not all(text.strip() for text in args.edit + args.reverse):
+    if not all(text.encode().strip() for text in args.edit + args.reverse):  # encode: ValueError if it is not text
         raise ValueError("an instruction is empty; say what to change, as in --edit \"make it snow\"")
     source, target = Path(args.input), Path(args.output)
     if source.is_dir():
@@ -64,19 +67,21 @@ def check_files(args):
         outputs = [target / f"{f.stem}.png" for f in inputs]
         if not inputs:
             raise ValueError(f"--input {source} holds no image ({' '.join(sorted(SUFFIXES))})")
-        if len(set(outputs)) < len(outputs):
-            raise ValueError(f"--input {source} holds images that differ only in the suffix; their outputs would have one name")
         if target.exists() and not target.is_dir():
             raise ValueError(f"--output {target} is a file, but --input is a folder: name a folder")
         check_writable(target if target.is_dir() else target.parent)
     else:
         inputs, outputs = [source], [target]
-        if target.suffix.lower() != ".png" or target.is_dir():
+        if target.suffix.lower() != ".png":
             raise ValueError(f"--output {target}: give the name of a .png file, without loss and with the settings inside")
         check_writable(target.parent)
     written = outputs + [cycle_file(f) for f in outputs] * bool(args.reverse)
+    if len(set(written)) < len(written):
+        raise ValueError(f"--input {source}: two outputs would have one name; rename images that differ only in the suffix")
     if both := {f.resolve() for f in inputs} & {f.resolve() for f in written}:
         raise ValueError(f"--output would overwrite the input {min(both)}; choose another name")
+    if folders := [f for f in written if f.is_dir()]:
+        raise ValueError(f"--output {folders[0]} is a folder; choose another name, or remove it")
     return [(i, o, tuple(load_image(i).shape[1:])) for i, o in zip(inputs, outputs)]
 
 
@@ -91,12 +96,13 @@ def cycle_file(output):
     return output.with_name(f"{output.stem}-cycle.png")
 
 
-def edit_size(model, size, resolution):
-    """The size (H, W) at which an image is edited: shorter side about `resolution`, both multiples of what the model halves."""
+def edit_size(model, name, size, resolution):
+    """The size (H, W) of an image during the edit: the shorter side about `resolution`, both multiples of what the
+    model halves."""
     multiple = model.vae_factor * 2 ** (len(model.unet.config["block_out_channels"]) - 1)        # 64 in Stable Diffusion
     height, width = (multiple * max(1, round(side * resolution / min(size) / multiple)) for side in size)
     if max(height, width) > LONGEST:
-        raise ValueError(f"an image of {size[1]}x{size[0]} would be edited at {width}x{height}, more than {LONGEST} pixels "
+        raise ValueError(f"{name}, of {size[1]}x{size[0]}, would be edited at {width}x{height}, more than {LONGEST} pixels "
                          "a side; choose a smaller --resolution, or cut the image")
     return height, width
 
@@ -112,7 +118,8 @@ def edit(model, images, instructions, size, args):
     # each image starts from the noise that it would have alone
     latent = model.vae.config["latent_channels"], *(side // model.vae_factor for side in size)
     noise = torch.randn(1, *latent, generator=torch.Generator().manual_seed(args.seed)).expand(len(images), -1, -1, -1)
-    edited = model.edit(stack(model, images, size), instructions, args.steps, args.cfg_text, args.cfg_image, noise, progress=True)
+    edited = model.edit(stack(model, images, size), instructions, args.steps, args.cfg_text, args.cfg_image, noise,
+                        progress=True)
     if not edited.isfinite().all():
         raise ValueError(f"the model computes no numbers (NaN) in {args.precision}; try --precision fp32")
     edited = edited.float().cpu()[:, None]                                                      # (B, 1, 3, *size)
@@ -130,12 +137,9 @@ def cycle_rows(model, images, edited, instructions, reverse_instructions, size, 
             for i, e, u, a_f, a_r in zip(images, edited, undone, forward_maps, reverse_maps)]
 
 
-COLUMNS = ("input", "edit", "reconstruction", "A_f", "A_r")
-
-
 def demo(model, args, settings):
     samples = [toy.edit("test", i) for i in range(DEMO_SCENES)]
-    size = edit_size(model, (toy.SIZE, toy.SIZE), args.resolution)
+    size = edit_size(model, "the scene", (toy.SIZE, toy.SIZE), args.resolution)
     images, truths = toy.render([s.scene for s in samples]), toy.render([s.edited for s in samples])
     instructions, reverse_instructions = [s.instruction for s in samples], [s.reverse_instruction for s in samples]
     edited = edit(model, images, instructions, size, args)
@@ -147,7 +151,7 @@ def demo(model, args, settings):
 
 def edit_files(model, jobs, args, settings):
     """Edits the files of check_files, as many at once as have one size."""
-    sizes = [edit_size(model, size, args.resolution) for _, _, size in jobs]
+    sizes = [edit_size(model, source, size, args.resolution) for source, _, size in jobs]
     for size in sorted(set(sizes)):
         same = [job for job, other in zip(jobs, sizes) if other == size]
         print(f"{len(same)} image{'s' * (len(same) > 1)} at {size[1]}x{size[0]}")

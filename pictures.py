@@ -57,7 +57,8 @@ def from_pil(picture):
 
 
 def to_pil(image):
-    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()                # (H, W, 3)
+    pixels = (image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    pixels = pixels.round().byte().permute(1, 2, 0).contiguous()                              # (H, W, 3)
     return Image.fromarray(pixels.numpy())
 
 
@@ -113,13 +114,13 @@ def grid(rows, columns, labels=None):
     return sheet
 
 
-def curves(columns, path, size=(320, 160), margin=24):
+def curves(columns, path, size=(300, 160), margin=(70, 24)):
     """Draws {name: [(x, y), ...]} as one small plot a name, three in a row, the ends of its axes labelled, into a PNG."""
-    panel, across = [side + 2 * margin for side in size], min(3, len(columns))
+    panel, across = (size[0] + margin[0] + margin[1], size[1] + 2 * margin[1]), min(3, len(columns))
     sheet = Image.new("RGB", (panel[0] * across, panel[1] * math.ceil(len(columns) / across)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (name, points) in enumerate(columns.items()):
-        left, top = i % across * panel[0] + margin, i // across * panel[1] + margin
+        left, top = i % across * panel[0] + margin[0], i // across * panel[1] + margin[1]
         right, bottom = left + size[0], top + size[1]
         draw.text((left, top - 3), name, "black", FONT, anchor="lb")
         draw.rectangle((left, top, right, bottom), outline=GREY)
@@ -130,6 +131,6 @@ def curves(columns, path, size=(320, 160), margin=24):
         draw.line([(left + (x - x0) / (x1 - x0 or 1) * size[0], bottom - (y - y0) / (y1 - y0 or 1) * size[1])
                    for x, y in points], (200, 60, 30), 2)
         for x, y, value, anchor in ((left, bottom + 4, x0, "lt"), (right, bottom + 4, x1, "rt"),
-                                    (left + 4, bottom - 4, y0, "lb"), (left + 4, top + 4, y1, "lt")):
+                                    (left - 4, bottom, y0, "rb"), (left - 4, top, y1, "rt")):
             draw.text((x, y), f"{value:.4g}", GREY, FONT, anchor=anchor)
     save_png(sheet, path)

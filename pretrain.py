@@ -197,7 +197,7 @@ def main():
     p.add_argument("--parts", nargs="+", choices=("clip", "vae", "text2image"), default=("clip", "vae", "text2image"))
     p.add_argument("--clip-steps", type=int, default=2500)
     p.add_argument("--vae-steps", type=int, default=2500)
-    p.add_argument("--text2image-steps", type=int, default=3000)
+    p.add_argument("--text2image-steps", type=int, default=2500)
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster where the CPU has AMX")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()

@@ -1,0 +1,196 @@
+"""The toy world tells the truth: captions, instructions, masks and splits agree with what is rendered."""
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+import toy
+
+EDITS = {split: [toy.edit(split, i) for i in range(400 if split == "train" else 150)] for split in toy.SPLITS}
+ALL = sum(EDITS.values(), [])
+KINDS = [pytest.param([e for e in ALL if e.kind == kind], id=kind) for kind in toy.KINDS]
+
+
+# ---- texts: read here by a grammar of their own --------------------------------------------------------------------------
+
+def noun(words):
+    """'an orange circle' -> 'orange circle', if the article is right."""
+    article, rest = words.split(" ", 1)
+    assert article == ("an" if rest[0] in "aeiou" else "a"), words
+    return rest
+
+
+def read_caption(caption):
+    """'a red circle, a blue cross and an orange square on a teal background' -> ({names}, background)."""
+    if match := re.fullmatch(r"a (\w+) background", caption):
+        return set(), match[1]
+    listed, background = re.fullmatch(r"(.+) on a (\w+) background", caption).groups()
+    head, _, last = listed.rpartition(" and ")
+    assert " and " not in head and "," not in last
+    names = [noun(n) for n in (head.split(", ") if head else []) + [last]]
+    assert len(set(names)) == len(names), f"two objects of one name: {caption}"
+    return set(names), background
+
+
+def obey(instruction, names, background):
+    """What a caption says after an instruction: the same pair as read_caption."""
+    if match := re.fullmatch(r"make the background (\w+)", instruction):
+        return names, match[1]
+    if match := re.fullmatch(r"add (.+)", instruction):
+        assert noun(match[1]) not in names
+        return names | {noun(match[1])}, background
+    if match := re.fullmatch(r"remove the (.+)", instruction):
+        old, new = match[1], None
+    elif match := re.fullmatch(r"make the ((\w+) (\w+)) (\w+)", instruction):
+        old, new = match[1], f"{match[4]} {match[3]}"
+    else:
+        match = re.fullmatch(r"turn the ((\w+) (\w+)) into (.+)", instruction)
+        old, new = match[1], f"{match[2]} {noun(match[4])}"
+    assert old in names and new not in names                  # the object named is there, and an edit changes something
+    return names - {old} | ({new} - {None}), background
+
+
+@pytest.mark.parametrize("edits", KINDS)
+def test_instructions_lead_from_one_caption_to_the_other_and_back(edits):
+    for e in edits:
+        before, after = read_caption(e.scene.caption), read_caption(e.edited.caption)
+        assert before != after
+        assert obey(e.instruction, *before) == after
+        assert obey(e.reverse_instruction, *after) == before
+
+
+def test_captions_say_what_is_rendered():
+    for e in ALL:
+        names, background = read_caption(e.scene.caption)
+        assert names == {f"{o.colour} {o.shape}" for o in e.scene.objects} and background == e.scene.background
+        image = (toy.render([e.scene])[0] + 1) * 127.5
+        for o in e.scene.objects:
+            assert image[:, int(o.y), int(o.x)].tolist() == pytest.approx(toy.COLOURS[o.colour], abs=1)
+
+
+def test_the_four_shapes_look_different():
+    """Their areas in radii squared: pi, 1.7 squared, an equilateral triangle of height 1.8, two bars of 2 by .72."""
+    for shape, area in (("circle", 3.14), ("square", 2.89), ("triangle", 1.87), ("cross", 2.36)):
+        o = toy.Object("red", shape, 16., 16., 7.)
+        assert float(cover([o])[0].sum()) / 49 == pytest.approx(area, rel=.04)
+
+
+# ---- pixels --------------------------------------------------------------------------------------------------------------
+
+def cover(objects):
+    """How much of each pixel each object covers: (N, SIZE, SIZE) in [0, 1]."""
+    white = toy.Scene("white", (0, 0), ())
+    scenes = [replace(white, objects=(replace(o, colour=(0, 0, 0)),)) for o in objects]
+    return 1 - (toy.render(scenes)[:, 0] + 1) / (toy.render([white])[0, 0, 0, 0] + 1)
+
+
+def test_images_are_in_range_and_independent_of_the_batch():
+    scenes = [e.scene for e in ALL[:50]] + [e.edited for e in ALL[:50]] + [
+        toy.Scene("white", (.12, .12), ()), toy.Scene("black", (-.12, .12), ())]
+    images = toy.render(scenes)
+    assert images.shape == (len(scenes), 3, toy.SIZE, toy.SIZE) and images.min() >= -1 and images.max() <= 1
+    for scene, image in list(zip(scenes, images))[::5]:
+        assert torch.equal(toy.render([scene])[0], image)
+
+
+@pytest.mark.parametrize("edits", KINDS)
+def test_an_edit_changes_what_it_names_and_nothing_else(edits):
+    images, edited = toy.render([e.scene for e in edits]), toy.render([e.edited for e in edits])
+    masks = toy.edit_mask(images, edited)[:, 0]
+    for e, before, after, mask in zip(edits, images, edited, masks):
+        assert mask.any()
+        if e.kind == "background":
+            covers = cover(e.scene.objects) if e.scene.objects else torch.zeros(1, toy.SIZE, toy.SIZE)
+            inside = (covers == 1).any(0)
+        else:                                                 # what only one of the two scenes has
+            changed = set(e.scene.objects) ^ set(e.edited.objects)
+            assert len(changed) == (2 if e.kind in ("colour", "shape") else 1) and e.scene.background == e.edited.background
+            inside = (cover(changed) == 0).all(0)
+        assert torch.equal(before[:, inside], after[:, inside]) and not mask[inside].any()
+        assert mask[~inside].float().mean() > (.05 if e.kind == "shape" else .5)      # two shapes share most pixels
+    places = [[(o.x, o.y, o.radius) for o in s.objects] for e in edits for s in (e.scene, e.edited)]
+    assert edits[0].kind in ("add", "remove") or places[::2] == places[1::2]
+
+
+@pytest.mark.parametrize("edits", KINDS)
+def test_entangled_pairs_change_what_the_true_edit_leaves_alone(edits):
+    for i, e in enumerate(edits[:40]):
+        wrong = toy.entangled(e, random.Random(i))
+        image, true, pair = toy.render([e.scene, e.edited, wrong])
+        outside = (image == true).all(0)
+        leaked = (pair - image).abs().amax(0)[outside]
+        if e.kind != "background":
+            assert (leaked > .01).float().mean() > .75        # the whole background took colour
+        elif e.scene.objects:
+            assert leaked.max() > .06                         # the objects did
+        assert [o.shape for o in wrong.objects] == [o.shape for o in e.edited.objects]
+        moved = [max(abs(a.x - b.x), abs(a.y - b.y)) for a, b in zip(wrong.objects, e.edited.objects)]
+        assert all(0 < m <= 2 for m in moved)
+
+
+def test_truths_of_an_add_differ_only_in_place():
+    for e in [e for e in ALL if e.kind == "add"][:25]:
+        truths = toy.truths(e)
+        assert truths[0] == e.edited and len(truths) == len(set(truths))
+        for truth in truths:
+            assert truth.objects[:-1] == e.scene.objects and truth.caption == e.edited.caption and truth.background == e.scene.background
+        new = torch.stack([c for c in cover([t.objects[-1] for t in truths])])
+        border = torch.ones(toy.SIZE, toy.SIZE, dtype=torch.bool)
+        border[1:-1, 1:-1] = False
+        assert (new[1:, border].amax(1) < .6).all()           # none is cut off by the edge
+    assert max(len(toy.truths(e)) for e in ALL if e.kind == "add") > 50
+    assert all(toy.truths(e) == [e.edited] for e in ALL if e.kind != "add")
+
+
+# ---- splits --------------------------------------------------------------------------------------------------------------
+
+def combinations(scene):
+    return {(o.colour, o.shape, scene.background) for o in scene.objects}
+
+
+def test_held_out_combinations_are_seen_in_the_test_split_only():
+    everything = [(c, s, b) for c in toy.COLOURS for s in toy.SHAPES for b in toy.BACKGROUNDS]
+    held_out = {(c, s, b) for c, s, b in everything if toy.Scene(b, (0, 0), (toy.Object(c, s, 16, 16, 5),)).held_out}
+    assert len(held_out) == len(everything) // 6
+    for kept in (set(everything) - held_out, held_out):       # each colour, shape and background is in both halves
+        assert [len(set(values)) for values in zip(*kept)] == [6, 4, 6]
+    for split, edits in EDITS.items():
+        for e in edits:
+            assert bool((combinations(e.scene) | combinations(e.edited)) & held_out) == (split == "test")
+
+
+def test_samples_are_a_pure_function_of_split_index_and_seed():
+    random.seed(7), torch.manual_seed(7)                      # the global generators have no part in it
+    assert [toy.edit("train", i) for i in reversed(range(20))] == EDITS["train"][19::-1]
+    others = [toy.edit("train", i, seed=1) for i in range(100)]
+    assert not set(others) & set(EDITS["train"]) and not set(EDITS["train"]) & set(EDITS["validation"])
+    assert len(set(ALL)) == len(ALL)
+
+
+@pytest.mark.parametrize("split", toy.SPLITS)
+def test_the_kinds_of_edits_are_equally_frequent(split):
+    assert len(set(Counter(e.kind for e in EDITS[split]).values())) == 1
+
+
+# ---- known faults: each mark goes when its fault does (strict: a mark that is no longer true fails) ---------------------
+
+def overlap(objects):
+    covers = cover(objects)
+    return max([float(torch.minimum(covers[i], covers[j]).max()) for i in range(len(covers)) for j in range(i)], default=0)
+
+
+@pytest.mark.xfail(strict=True, reason="corners of squares and triangles reach 1.2 radii, the margin allows for circles")
+def test_objects_do_not_overlap():
+    scenes = {s for e in EDITS["train"] + EDITS["validation"] for s in (e.scene, e.edited) if len(s.objects) > 1}
+    assert max(map(lambda s: overlap(s.objects), scenes)) < .05
+
+
+@pytest.mark.xfail(strict=True, reason="truths() lets a new object come a pixel nearer than `place` does: one in twenty touches")
+def test_truths_of_an_add_touch_no_other_object():
+    for e in [e for e in EDITS["train"] if e.kind == "add"][:40]:
+        new = cover([t.objects[-1] for t in toy.truths(e)])
+        old = cover(e.scene.objects).amax(0) if e.scene.objects else torch.zeros_like(new[0])
+        assert float(torch.minimum(new, old).max()) < .05
