@@ -7,6 +7,7 @@ The supervised baseline needs "edited_image" as well.  Images are (3, H, W) in [
 """
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class ToyWorld(torch.utils.data.Dataset):
         return self.size
 
     def __getitems__(self, indices):
+        indices = [i % self.size for i in indices]
         edits = [toy.edit(self.split, i, self.seed) for i in indices]
         pairs = [toy.entangled(e, random.Random(f"{self.seed} {i}")) for e, i in zip(edits, indices)] if self.pairs else []
         return Batch(toy.render([e.scene for e in edits]), [e.scene.caption for e in edits], [e.instruction for e in edits],
@@ -62,11 +64,14 @@ class Folder(torch.utils.data.Dataset):
         if not listing.is_file():
             raise ValueError(f"{listing} is missing: a data folder holds images and metadata.jsonl, one edit a line")
         needed, self.rows = ("image", *TEXTS, *["edited_image"] * pairs), []
-        for number, line in enumerate(listing.read_text().splitlines(), 1):
+        text = listing.read_text(encoding="utf-8").rstrip("\n")
+        for number, line in enumerate(text.split("\n") if text else [], 1):
             try:
                 row = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{listing} line {number} is not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{listing} line {number} is no JSON object")
             missing = [key for key in needed if not isinstance(row.get(key), str) or not row[key].strip()]
             if missing:
                 raise ValueError(f"{listing} line {number} has no text for {', '.join(missing)}")
@@ -77,27 +82,31 @@ class Folder(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.rows)
 
-    def load(self, row, key, rng):
-        image = load_image(self.path / row[key])                                          # (3, H, W)
+    def transform(self, image, row, rng):
         scale = self.resolution / min(image.shape[1:])
         size = [max(self.resolution, round(side * scale)) for side in image.shape[1:]]
         image = F.interpolate(image[None], size, mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
         top, left = (rng.randint(0, side - self.resolution) for side in size)
         image = image[:, top:top + self.resolution, left:left + self.resolution]
-        says_side = {"left", "right"} & set(" ".join(row[t] for t in TEXTS).lower().split())
+        says_side = re.search(r"\b(left|right)", " ".join(row[t] for t in TEXTS).lower())
         return image.flip(-1) if rng.random() < .5 and not says_side else image
 
     def __getitems__(self, indices):
-        rows = [self.rows[i] for i in indices]
-        def images(key):                                      # a pair draws the same numbers, hence the same crop and flip
-            return torch.stack([self.load(row, key, random.Random(f"{self.seed} {i}")) for row, i in zip(rows, indices)])
-        return Batch(images("image"), *[[row[key] for row in rows] for key in TEXTS],
-                     images("edited_image") if self.pairs else None)
+        rows, keys, stacks = [self.rows[i % len(self)] for i in indices], ["image", *["edited_image"] * self.pairs], []
+        for row, i in zip(rows, indices):
+            images = [load_image(self.path / row[key]) for key in keys]                   # (3, H, W) each
+            if len({image.shape for image in images}) > 1:
+                raise ValueError(f"{self.path}: {row['image']} and {row['edited_image']} differ in size")
+            # a pair draws the same numbers, hence the same crop and flip
+            stacks.append([self.transform(image, row, random.Random(f"{self.seed} {i}")) for image in images])
+        return Batch(torch.stack([s[0] for s in stacks]), *[[row[key] for row in rows] for key in TEXTS],
+                     torch.stack([s[1] for s in stacks]) if self.pairs else None)
 
 
 def batches(dataset, batch_size, seed, first=0, workers=0):
     """Endless batches from batch number `first` on: a shuffle for each epoch, a pure function of (seed, epoch), so that a
-    run that starts again at batch n sees what it would have seen."""
+    run that starts again at batch n sees what it would have seen.  An index is epoch * len(dataset) + sample: a dataset may
+    crop and flip anew in every epoch."""
     def indices():
         position, order = first * batch_size, None
         while True:
@@ -106,7 +115,7 @@ def batches(dataset, batch_size, seed, first=0, workers=0):
                 epoch, i = divmod(position, len(dataset))
                 if order is None or i == 0:
                     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-                batch.append(order[i])
+                batch.append(epoch * len(dataset) + order[i])
                 position += 1
             yield batch
     return iter(torch.utils.data.DataLoader(dataset, batch_sampler=indices(), collate_fn=lambda batch: batch,

@@ -33,10 +33,10 @@ class ClipScorer:
 
     def embed_images(self, images):
         """(B, 3, H, W) in [-1, 1] -> E_I (B, D): the short side resized, the centre cropped, CLIP's normalisation."""
-        scale = self.size / min(images.shape[-2:])
-        if scale != 1:
-            images = F.interpolate(images, scale_factor=scale, mode="bicubic", antialias=scale < 1, align_corners=False)
-        top, left = ((side - self.size) // 2 for side in images.shape[-2:])
+        height, width = images.shape[-2:]
+        size = [max(self.size, side * self.size // min(height, width)) for side in (height, width)]
+        images = F.interpolate(images, size, mode="bicubic", antialias=True) if size != [height, width] else images
+        top, left = ((side - self.size) // 2 for side in size)
         images = images[:, :, top:top + self.size, left:left + self.size] / 2 + .5
         features = self.clip.get_image_features(((images - self.mean) / self.std).to(self.clip.dtype))
         return F.normalize(features.pooler_output.float(), dim=-1)
@@ -66,7 +66,9 @@ def clip_similarity_loss(E_edit, E_edited_caption):
 
 def attention_loss(forward_maps, reverse_maps):
     """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.  Lists of (B, h, w), a layer each."""
-    return sum(norm(f - r).mean() for f, r in zip(forward_maps, reverse_maps, strict=True))
+    def relative(m):
+        return m / m.mean((1, 2), keepdim=True)
+    return sum(norm(relative(f) - relative(r)).mean() for f, r in zip(forward_maps, reverse_maps, strict=True)) / len(forward_maps)
 
 
 def reconstruction_loss(images, reconstructed, E_input, E_recon):

@@ -150,7 +150,7 @@ def truths(sample):
         return [sample.edited]
     new = sample.edited.objects[-1]
     spots = [(x, y, r) for r in (5., 6., 7.) for x in range(6, SIZE - 5, 2) for y in range(6, SIZE - 5, 2)
-             if r + 1 <= min(x, y, SIZE - x, SIZE - y) and is_free(x, y, r - 1, sample.scene.objects)]
+             if r + 1 <= min(x, y, SIZE - x, SIZE - y) and is_free(x, y, r, sample.scene.objects)]
     return [sample.edited] + [replace(sample.edited, objects=sample.scene.objects + (replace(new, x=x, y=y, radius=r),))
                               for x, y, r in spots]
 

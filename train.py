@@ -7,19 +7,19 @@
 The same command resumes a run that was stopped.  A run's folder gets log.csv, curves.png, pictures of eight edits
 (step-*.png) and two models: `best`, of the lowest validation loss, and `model`, the last.
 """
-import argparse
 import copy
 import csv
 import os
 import resource
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from cli import Parser, non_negative_float, positive_int
+from cli import Parser, device, non_negative_float, number, positive_int, quiet_transformers, seed_int
 from data import Folder, ToyWorld, batches
 from losses import WEIGHTS, ClipScorer, cycle_losses
 from pictures import curves, grid, overlay, save_png
@@ -37,7 +37,7 @@ def learning_rate(step, peak, warmup=100):
     return peak * min((step + 1) / warmup, 1)
 
 
-def denoising_loss(model, images, targets, texts, r, generator):
+def denoising_loss(model, images, targets, texts, r, generator, max_weight=5.):
     """||eps - eps_theta(z_t, t, E(c_I), c_T)||^2, section 3 of InstructPix2Pix, towards the targets (B, 3, H, W).
 
     r (B,) in [0, 1) is its conditioning dropout: below .05 no text, to .10 neither, to .15 no image, above that both."""
@@ -50,7 +50,9 @@ def denoising_loss(model, images, targets, texts, r, generator):
     noise = torch.randn(z_0.shape, generator=generator).to(z_0)
     t = torch.randint(1000, (len(z_0),), generator=generator).to(z_0.device)
     eps = model.unet(torch.cat([model.add_noise(z_0, noise, t), image_latents], dim=1), t, context)
-    return F.mse_loss(eps.float(), noise.float())
+    abar = model.alphas_cumprod[t]
+    weight = ((1 - abar) / abar).clamp(max=max_weight)        # 1 / SNR: makes it an error of z_0 instead of eps
+    return (weight * (eps.float() - noise.float()).square().mean((1, 2, 3))).mean()
 
 
 def supervised_losses(model, batch, generator):
@@ -59,9 +61,13 @@ def supervised_losses(model, batch, generator):
     return {"loss": denoising_loss(model, batch.images, batch.edited_images, batch.instructions, r, generator)}
 
 
-def unsupervised_losses(model, scorer, batch, args, generator):
+def unsupervised_losses(model, scorer, batch, args, generator, step):
     """L_CEC of a round trip, plus the denoising of the input without text: it keeps the two branches of guidance that the
     cycle never visits, e(z, c_I, 0) and e(z, 0, 0).  The paper does not say how it does."""
+    if step < args.identity_steps:
+        r = .1 * torch.rand(len(batch.images), generator=generator)
+        loss = denoising_loss(model, batch.images, batch.images, batch.captions, r, generator)
+        return {"denoise": loss, "loss": loss}
     B, sides = len(batch.images), [side // model.vae_factor for side in batch.images.shape[-2:]]
     noise = torch.randn(2, B, model.vae.config["latent_channels"], *sides, generator=generator).to(batch.images)
     t = torch.randint(args.t_min, 1000, (B,), generator=generator).to(model.device)
@@ -77,11 +83,13 @@ def unsupervised_losses(model, scorer, batch, args, generator):
     return losses | {"loss": losses["cec"] + args.denoise * losses["denoise"]}
 
 
-def compute_losses(model, scorer, batch, args, generator):
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+def compute_losses(model, scorer, batch, args, generator, step=10**9):
+    # explicit attention trains faster than the fused kernel where sequences are short, as on the toy's CPU
+    kernel = sdpa_kernel(SDPBackend.MATH) if model.device.type == "cpu" else nullcontext()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"), kernel:
         if args.objective == "ip2p":
             return supervised_losses(model, batch, generator)
-        return unsupervised_losses(model, scorer, batch, args, generator)
+        return unsupervised_losses(model, scorer, batch, args, generator, step)
 
 
 @torch.no_grad()
@@ -143,15 +151,16 @@ def parse(argv):
     p.add_argument("--ema", type=non_negative_float, default=.9999, help="decay of the weights' moving average")
     p.add_argument("--weights", type=non_negative_float, nargs=4, metavar=("CLIP", "ATTN", "SIM", "RECON"), help="of the losses")
     p.add_argument("--denoise", type=non_negative_float, default=1.0, help="weight of denoising the input without text")
-    p.add_argument("--t-min", type=int, help="smallest timestep of the forward edit")
+    p.add_argument("--t-min", type=number(int, 0, 999), help="smallest timestep of the forward edit")
     p.add_argument("--start", choices=("source", "noise", "rollout"), default="source", help="what is noised for the forward edit")
     p.add_argument("--reverse-start", choices=("source", "edit"), default="source", help="what is noised for the reverse edit")
     p.add_argument("--reencode", action="store_true", help="the reverse edit sees E(D(z_edit)) instead of z_edit")
+    p.add_argument("--identity-steps", type=number(int, 0), default=0, help="steps of denoising alone, at the beginning")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
-    p.add_argument("--workers", type=int, default=0, help="processes that load images")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--workers", type=number(int, 0), default=0, help="processes that load images")
+    p.add_argument("--seed", type=seed_int, default=0)
     p.add_argument("--log-every", type=positive_int, default=50)
     p.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints, validations and pictures")
     p.set_defaults(**TOY)
@@ -203,7 +212,7 @@ def run(args):
             group["lr"] = learning_rate(step, args.lr)
         for part in range(args.accumulate):
             generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * args.accumulate + part)
-            losses = compute_losses(model, scorer, next(loader).to(args.device), args, generator)
+            losses = compute_losses(model, scorer, next(loader).to(args.device), args, generator, step)
             (losses["loss"] / args.accumulate).backward()
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach() / (args.log_every * args.accumulate)
@@ -218,7 +227,7 @@ def run(args):
                       else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
             images = done * args.batch_size * args.accumulate
             rate = (images - first * args.batch_size * args.accumulate) / (time.time() - started)
-            rows.append({"step": done, "images": images} | {k: round(v.item(), 4) for k, v in sums.items()})
+            rows.append({"step": done, "images": images} | dict.fromkeys(("clip", "sim", "attn", "recon", "cec"), 0.) | {k: round(v.item(), 4) for k, v in sums.items()})
             tqdm.write(", ".join(f"{k} {v}" for k, v in rows[-1].items()) + f", {rate:.1f} images/s, {memory:.1f} GiB")
             sums = {}
         if done % args.save_every == 0 or done == args.steps:
@@ -240,6 +249,7 @@ def run(args):
 
 def main(argv=None):
     parser, args = parse(argv)
+    quiet_transformers()
     try:
         run(args)
     except (ValueError, OSError, RuntimeError) as error:

@@ -43,11 +43,14 @@ def find_model(path_or_id):
 
 def read_json(path):
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {path.parent} is not a complete model in the hub's layout") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
 
 
 def weight_files(folder, stem):
@@ -58,7 +61,10 @@ def weight_files(folder, stem):
         if (folder / f"{name}.safetensors").is_file():
             return [folder / f"{name}.safetensors"], variant
         if index.is_file():
-            return [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))], variant
+            shards = read_json(index).get("weight_map")
+            if not shards or not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+                raise ValueError(f"{index} has no weight_map that names files")
+            return [folder / shard for shard in sorted(set(shards.values()))], variant
     pickles = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]
     if pickles:
         raise ValueError(f"{pickles[0]} is a pickle, which may run code when loaded; convert it where you trust it: safetensors"
@@ -76,8 +82,11 @@ def load_part(network, folder, adapt=lambda state: state):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from None
     config, state = adapt(config, state)
-    with torch.device("meta"):                                # no memory or time for weights that are replaced at once
-        module = network(config)
+    try:
+        with torch.device("meta"):                            # no memory or time for weights that are replaced at once
+            module = network(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
     try:
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -125,14 +134,21 @@ class EditModel:
         vae = load_part(VAE, path / "vae", lambda config, state: (config, modern_names(state)))
         scheduler = read_json(path / "scheduler/scheduler_config.json")
         _, variant = weight_files(path / "text_encoder", "model")
+        read_json(path / "text_encoder/config.json")
+        if not any((path / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            raise ValueError(f"{path / 'tokenizer'} has no vocab.json: {path} is not a complete model in the hub's layout")
         try:
             text_encoder, report = CLIPTextModel.from_pretrained(
                 path / "text_encoder", variant=variant, use_safetensors=True, dtype=dtype, output_loading_info=True)
             tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{path}: the text encoder or its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{path}: the weights of the text encoder do not fit its config.json, or its tokenizer is "
+                             f"damaged: {str(error).splitlines()[0]}") from None
         if report["missing_keys"]:
             raise ValueError(f"{path / 'text_encoder'} lacks weights: {sorted(report['missing_keys'])[0]}")
+        width = unet.config["cross_attention_dim"]
+        if text_encoder.config.hidden_size != width:
+            raise ValueError(f"{path}: the text encoder's width is {text_encoder.config.hidden_size}, but the UNet takes {width}")
         defaults = path / "edit_defaults.json"
         for module in (unet, vae, text_encoder):
             module.to(device, dtype).requires_grad_(False).eval()
@@ -148,6 +164,7 @@ class EditModel:
             save_file({f"text_model.{k}": v.contiguous() for k, v in self.text_encoder.state_dict().items()},
                       new / "text_encoder/model.safetensors", {"format": "pt"})  # the prefix that every library reads
             self.tokenizer.save_pretrained(new / "tokenizer")
+            self.tokenizer.backend_tokenizer.model.save(str(new / "tokenizer"))       # vocab.json, which older libraries read
             for name, module in (("unet", self.unet), ("vae", self.vae)):
                 (new / name).mkdir()
                 (new / name / "config.json").write_text(json.dumps(
@@ -194,8 +211,9 @@ class EditModel:
     def content_tokens(self, texts):
         """(B, 77) of 0 and 1: the tokens that carry an instruction, without start and end, stop words and punctuation."""
         def carries(token):
-            word = token.removesuffix("</w>")
-            return token not in self.tokenizer.all_special_tokens and word not in STOP_WORDS and any(map(str.isalnum, word))
+            word = token.removesuffix("</w>")                 # a piece without </w> is the beginning of a longer word
+            is_stop_word = token.endswith("</w>") and word in STOP_WORDS
+            return token not in self.tokenizer.all_special_tokens and not is_stop_word and any(map(str.isalnum, word))
         ids = self.tokenize(texts).tolist()
         return torch.tensor([[float(carries(t)) for t in self.tokenizer.convert_ids_to_tokens(row)] for row in ids],
                             device=self.device)
@@ -209,20 +227,20 @@ class EditModel:
 
     def add_noise(self, z_0, noise, t):
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, for t (B,)."""
-        abar = self.alphas_cumprod[t].to(z_0.dtype)[:, None, None, None]
-        return abar.sqrt() * z_0 + (1 - abar).sqrt() * noise
+        abar = self.alphas_cumprod[t][:, None, None, None]    # float32: in bfloat16, 1 - abar_1 would be 0
+        return abar.sqrt().to(z_0) * z_0 + (1 - abar).sqrt().to(z_0) * noise
 
     def remove_noise(self, z_t, eps, t):
         """The one-step estimate of the clean latents, z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)."""
-        abar = self.alphas_cumprod[t].to(z_t.dtype)[:, None, None, None]
-        return (z_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+        abar = self.alphas_cumprod[t][:, None, None, None]
+        return (z_t - (1 - abar).sqrt().to(z_t) * eps) / abar.sqrt().to(z_t)
 
     def ddim_timesteps(self, steps):
         """The timesteps of DDIM, descending: multiples of the stride 1000 // steps, shifted by steps_offset."""
-        total = len(self.alphas_cumprod)
-        if not 1 <= steps <= total:
-            raise ValueError(f"steps must be between 1 and {total}, not {steps}")
-        return [i * (total // steps) + self.scheduler.get("steps_offset", 1) for i in reversed(range(steps))]
+        total, offset = len(self.alphas_cumprod), self.scheduler.get("steps_offset", 1)
+        if not 1 <= steps <= total - offset:
+            raise ValueError(f"steps must be between 1 and {total - offset}, not {steps}")
+        return [i * (total // steps) + offset for i in reversed(range(steps))]
 
     @torch.no_grad()
     def edit(self, images, instructions, steps=50, text_guidance=7.5, image_guidance=1.5, noise=None, generator=None,
@@ -232,6 +250,8 @@ class EditModel:
         images: (B, 3, H, W) in [-1, 1]; instructions: list of B strings
         noise: (B, 4, h, w), the start; else drawn from `generator` (a CPU generator, so that every device gives one image)
         Returns the edited images (B, 3, H, W), clamped to [-1, 1]."""
+        if len(images) != len(instructions):
+            raise ValueError(f"{len(images)} images but {len(instructions)} instructions")
         image_latents = self.vae.encode(images.to(self.device, self.dtype))
         if noise is None:
             noise = torch.randn(image_latents.shape, generator=generator)
@@ -269,8 +289,10 @@ class Cycle:
 def one_step(model, z_t, t, image_latents, context, maps=None):
     """A single noise prediction and the clean latents it means: the paper's edit (B, 4, h, w), differentiable."""
     eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, context, maps)
-    # at large t an error of eps is multiplied by up to 14; no clean latent is farther out than this
-    return model.remove_noise(z_t, eps, t).clamp(-4, 4)
+    z_0 = model.remove_noise(z_t, eps, t).clamp(-4, 4)        # no clean latent is farther out than this
+    # at large t the estimate multiplies an error of eps by up to 14, and would its gradient: that is divided out again
+    abar = model.alphas_cumprod[t][:, None, None, None]
+    return torch.lerp(z_0.detach(), z_0, (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0))
 
 
 def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, start="source", reverse_start="source",
@@ -302,6 +324,7 @@ def edit_map(model, images, edited, instructions, t=500):
     """Where an instruction acts, for pictures: one noise prediction on the edited images, noised to t.
 
     images and edited (B, 3, H, W) -> (B, H, W) in [0, 1]; see `attention.edit_region`."""
+    images, edited = (i.to(model.device, model.dtype) for i in (images, edited))
     maps, z_0 = [], model.encode(edited)
     noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(z_0)
     t = torch.full((len(images),), t, device=model.device)

@@ -139,12 +139,9 @@ def clips_own(pixels, size=32):
     return processor(Image.fromarray(pixels), return_tensors="pt").pixel_values
 
 
-@pytest.mark.parametrize("height, width", [(64, 96), (75, 50), (32, 32), (32, 45)])
+@pytest.mark.parametrize("height, width", [(64, 96), (75, 50), (32, 32), (32, 45), (24, 40), (101, 50), (98, 120)])
 def test_preprocessing_is_clips_own(scorer, height, width):
-    assert_preprocessed_as_clip_does(scorer, height, width)
-
-
-def assert_preprocessed_as_clip_does(scorer, height, width):
+    """Halves, unrounded and rounded sides, nothing to resize, and (24, 40) is enlarged."""
     pixels = picture(height, width)
     ours = preprocessed(scorer, torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1)
     # one grey level is .0146 after normalisation; the processor rounds to whole levels
@@ -269,14 +266,3 @@ def test_L_CEC_joins_the_right_inputs_with_the_papers_weights(scorer):
     weighted = cycle_losses(scorer, images, CAPTIONS, EDITED, Cycle(edited, reconstructed, forward, reverse), tokens_f, tokens_r,
                             {"clip": 2, "attn": 3, "sim": 5, "recon": 0})
     assert weighted["cec"].item() == pytest.approx(2 * by_hand["clip"] + 3 * by_hand["attn"] + 5 * by_hand["sim"], rel=1e-3)
-
-
-
-# ---- known faults: each mark goes when its fault does (strict: a mark that is no longer true fails) ---------------------
-
-@pytest.mark.parametrize("height, width", [
-    pytest.param(24, 40, marks=pytest.mark.xfail(strict=True, reason="enlarges with another bicubic filter (a = -.75) than pillow's (a = -.5)")),
-    pytest.param(101, 50, marks=pytest.mark.xfail(strict=True, reason="interpolates by scale_factor, not by the size: shifted when a side is rounded")),
-    pytest.param(98, 120, marks=pytest.mark.xfail(strict=True, reason="98 * (32 / 98) floors to 31: the crop is empty"))])
-def test_preprocessing_of_awkward_sizes_is_clips_own(scorer, height, width):
-    assert_preprocessed_as_clip_does(scorer, height, width)
