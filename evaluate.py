@@ -1,16 +1,19 @@
-"""Measures an editor against the truth of the toy world, on held-out scenes.
+"""Measures editors against the truth of the toy world, on held-out scenes, as a table.
 
-    python evaluate.py --models models/toy runs/baseline/model
+    python evaluate.py --models models/toy runs/baseline/model --scales 1.5:1.2 3:1.5 --steps 5 10 50
 """
-import argparse
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cosine_similarity
 
 import toy
+from cli import Parser, non_negative_float, positive_int, quiet_transformers, seed_int
 from losses import ClipScorer
 from uip2p import EditModel
 
+HERE = Path(__file__).resolve().parent
+COLUMNS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
 
 @torch.no_grad()
 def judge(edits, images, outputs, scorer):
@@ -40,38 +43,54 @@ def judge(edits, images, outputs, scorer):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--models", nargs="*", default=[])
-    p.add_argument("--clip", default="models/toy/clip")
-    p.add_argument("--n", type=int, default=500)
-    p.add_argument("--steps", type=int, default=10)
-    p.add_argument("--scales", nargs="+", default=["1.5:1.2"])
-    p.add_argument("--kinds", action="store_true")
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--models", nargs="*", default=[str(HERE / "models/toy")], help="directories of toy models")
+    p.add_argument("--clip", default=str(HERE / "models/toy/clip"), help="the CLIP of done, CLIP-T and direction")
+    p.add_argument("--scenes", type=positive_int, default=500, help="how many test scenes")
+    p.add_argument("--steps", type=positive_int, nargs="+", default=[10], help="denoising steps, one or several")
+    p.add_argument("--scales", nargs="+", type=scales, default=[(1.5, 1.2)], metavar="TEXT:IMAGE", help="guidance, as 1.5:1.2")
+    p.add_argument("--seed", type=seed_int, default=0, help="of the noise that the edits start from")
+    p.add_argument("--kinds", action="store_true", help="also a row for each kind of edit")
     args = p.parse_args(argv)
+    quiet_transformers()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+
+
+def scales(text):
+    """The argparse type of two guidance scales, text and image."""
+    return tuple(map(non_negative_float, text.split(":", 1) if ":" in text else (text, "")))
+
+
+def run(args):
     scorer = ClipScorer.from_pretrained(args.clip)
-    edits = [toy.edit("test", i) for i in range(args.n)]
+    models = {path: EditModel.from_pretrained(path) for path in args.models}
+    edits = [toy.edit("test", i) for i in range(args.scenes)]
     images = toy.render([e.scene for e in edits])
+    print(f"{args.scenes} test scenes, seed {args.seed}\n")
+    print("| model | s_T, s_I, steps | " + " | ".join(COLUMNS) + " |\n|---|---|" + "---|" * len(COLUMNS))
 
-    def report(name, outputs):
+    def report(name, settings, outputs):
         scores = judge(edits, images, outputs, scorer)
-        print(f"{name:40s}", " ".join(f"{k} {v.mean():.3f}" for k, v in scores.items()), flush=True)
+        groups = {name: range(len(edits))}
         if args.kinds:
-            for k, kind in enumerate(toy.KINDS):
-                print(f"    {kind:36s}", " ".join(f"{n} {v[k::5].mean():.3f}" for n, v in scores.items()), flush=True)
+            groups |= {f"{name}, {kind}": range(k, len(edits), len(toy.KINDS)) for k, kind in enumerate(toy.KINDS)}
+        for label, rows in groups.items():
+            print(f"| {label} | {settings} | " + " | ".join(f"{scores[c][list(rows)].mean():.3f}" for c in COLUMNS) + " |", flush=True)
 
-    report("copy", images)
-    vae = None
-    for path in args.models:
-        model = EditModel.from_pretrained(path)
-        if vae is None:
-            vae = model
+    report("copy of the input", "", images)
+    truth = toy.render([e.edited for e in edits])
+    for n, (path, model) in enumerate(models.items()):
+        if n == 0:
             with torch.no_grad():
-                report("true edit through the VAE", model.vae.decode(model.vae.encode(toy.render([e.edited for e in edits]))).clamp(-1, 1))
-        for scale in args.scales:
-            s_T, s_I = map(float, scale.split(":"))
-            outputs = model.edit(images, [e.instruction for e in edits], steps=args.steps, text_guidance=s_T,
-                                 image_guidance=s_I, generator=torch.Generator().manual_seed(0))
-            report(f"{path} {scale}", outputs)
+                report("true edit through the VAE", "", model.decode(model.encode(truth)).clamp(-1, 1))
+        for steps in args.steps:
+            for s_T, s_I in args.scales:
+                generator = torch.Generator().manual_seed(args.seed)
+                outputs = model.edit(images, [e.instruction for e in edits], steps, s_T, s_I, generator=generator)
+                report(path, f"{s_T:g}, {s_I:g}, {steps}", outputs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Trains the editor: by the paper's cycle consistency, or supervised as InstructPix2Pix.
+"""Trains the editor: by the paper's cycle consistency, supervised as InstructPix2Pix, or only to use its input image.
 
     python train.py                                             # the toy world, on a laptop's CPU
     python train.py --objective ip2p --output runs/baseline     # the supervised baseline, on entangled pairs
+    python train.py --model runs/baseline/model --clip models/toy/clip --output runs/cycle
     python train.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --data photos --output runs/photos
 
 The same command resumes a run that was stopped.  A run's folder gets log.csv, curves.png, pictures of eight edits
@@ -37,10 +38,11 @@ def learning_rate(step, peak, warmup=100):
     return peak * min((step + 1) / warmup, 1)
 
 
-def denoising_loss(model, images, targets, texts, r, generator, max_weight=5.):
+def denoising_loss(model, images, targets, texts, r, generator):
     """||eps - eps_theta(z_t, t, E(c_I), c_T)||^2, section 3 of InstructPix2Pix, towards the targets (B, 3, H, W).
 
-    r (B,) in [0, 1) is its conditioning dropout: below .05 no text, to .10 neither, to .15 no image, above that both."""
+    r (B,) in [0, 1) is its conditioning dropout: below .05 no text, to .10 neither, to .15 no image, above that both.
+    A departure: InstructPix2Pix weighs all t alike; here the weight is 1 / SNR, at most 5, an error of z_0 instead of eps."""
     with torch.no_grad():
         mean, logvar = model.vae.moments(targets)
         sample = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
@@ -51,45 +53,39 @@ def denoising_loss(model, images, targets, texts, r, generator, max_weight=5.):
     t = torch.randint(1000, (len(z_0),), generator=generator).to(z_0.device)
     eps = model.unet(torch.cat([model.add_noise(z_0, noise, t), image_latents], dim=1), t, context)
     abar = model.alphas_cumprod[t]
-    weight = ((1 - abar) / abar).clamp(max=max_weight)        # 1 / SNR: makes it an error of z_0 instead of eps
+    weight = ((1 - abar) / abar).clamp(max=5)
     return (weight * (eps.float() - noise.float()).square().mean((1, 2, 3))).mean()
 
 
-def supervised_losses(model, batch, generator):
-    """The baseline: the edited image is the target, as in InstructPix2Pix."""
-    r = torch.rand(len(batch.images), generator=generator)
-    return {"loss": denoising_loss(model, batch.images, batch.edited_images, batch.instructions, r, generator)}
-
-
-def unsupervised_losses(model, scorer, batch, args, generator, step):
-    """L_CEC of a round trip, plus the denoising of the input without text: it keeps the two branches of guidance that the
-    cycle never visits, e(z, c_I, 0) and e(z, 0, 0).  The paper does not say how it does."""
-    if step < args.identity_steps:
-        r = .1 * torch.rand(len(batch.images), generator=generator)
-        loss = denoising_loss(model, batch.images, batch.images, batch.captions, r, generator)
-        return {"denoise": loss, "loss": loss}
+def round_trip_losses(model, scorer, batch, args, generator):
+    """The four losses of the paper and their sum, L_CEC, of one forward and one reverse edit: a dict of scalars."""
     B, sides = len(batch.images), [side // model.vae_factor for side in batch.images.shape[-2:]]
     noise = torch.randn(2, B, model.vae.config["latent_channels"], *sides, generator=generator).to(batch.images)
     t = torch.randint(args.t_min, 1000, (B,), generator=generator).to(model.device)
     t_hat = torch.randint(1000, (B,), generator=generator).to(model.device)
     trip = cycle(model, batch.images, batch.instructions, batch.reverse_instructions, t, t_hat, noise,
                  args.start, args.reverse_start, args.reencode)
-    losses = cycle_losses(scorer, batch.images, batch.captions, batch.edited_captions, trip,
-                          model.content_tokens(batch.instructions), model.content_tokens(batch.reverse_instructions),
-                          dict(zip(WEIGHTS, args.weights)))
-    n = max(B // 2, 1)
-    r = .1 * torch.rand(n, generator=generator)
-    losses["denoise"] = denoising_loss(model, batch.images[:n], batch.images[:n], [""] * n, r, generator)
-    return losses | {"loss": losses["cec"] + args.denoise * losses["denoise"]}
+    return cycle_losses(scorer, batch.images, batch.captions, batch.edited_captions, trip,
+                        model.content_tokens(batch.instructions), model.content_tokens(batch.reverse_instructions),
+                        dict(zip(WEIGHTS, args.weights)))
 
 
-def compute_losses(model, scorer, batch, args, generator, step=10**9):
+def compute_losses(model, scorer, batch, args, generator):
+    """What the objective minimises, "loss", and its parts: a dict of scalars."""
     # explicit attention trains faster than the fused kernel where sequences are short, as on the toy's CPU
     kernel = sdpa_kernel(SDPBackend.MATH) if model.device.type == "cpu" else nullcontext()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"), kernel:
+        B = len(batch.images)
         if args.objective == "ip2p":
-            return supervised_losses(model, batch, generator)
-        return unsupervised_losses(model, scorer, batch, args, generator, step)
+            r = torch.rand(B, generator=generator)
+            return {"loss": denoising_loss(model, batch.images, batch.edited_images, batch.instructions, r, generator)}
+        losses = round_trip_losses(model, scorer, batch, args, generator) if args.objective == "cycle" else {}
+        # the input itself as target, without text, without the image too for half: it keeps the two branches of guidance
+        # that the cycle never visits, e(z, c_I, 0) and e(z, 0, 0); how the paper does, it does not say
+        n = max(B // 2, 1) if args.objective == "cycle" else B
+        r = .1 * torch.rand(n, generator=generator)
+        losses["denoise"] = denoising_loss(model, batch.images[:n], batch.images[:n], [""] * n, r, generator)
+        return losses | {"loss": losses.get("cec", 0) + args.denoise * losses["denoise"]}
 
 
 @torch.no_grad()
@@ -135,7 +131,8 @@ def write_log(path, rows):
 
 def parse(argv):
     p = Parser(description=__doc__.split("\n")[0])
-    p.add_argument("--objective", choices=("cycle", "ip2p"), default="cycle", help="cycle consistency, or supervised pairs")
+    p.add_argument("--objective", choices=("cycle", "ip2p", "identity"), default="cycle",
+                   help="cycle consistency, supervised pairs, or denoising the input given itself")
     p.add_argument("--model", help="directory or hub id to start from (default: the toy model)")
     p.add_argument("--unet", help="subfolder of the UNet to start from")
     p.add_argument("--clip", help="directory or hub id of the CLIP that judges")
@@ -152,10 +149,9 @@ def parse(argv):
     p.add_argument("--weights", type=non_negative_float, nargs=4, metavar=("CLIP", "ATTN", "SIM", "RECON"), help="of the losses")
     p.add_argument("--denoise", type=non_negative_float, default=1.0, help="weight of denoising the input without text")
     p.add_argument("--t-min", type=number(int, 0, 999), help="smallest timestep of the forward edit")
-    p.add_argument("--start", choices=("source", "noise", "rollout"), default="source", help="what is noised for the forward edit")
+    p.add_argument("--start", choices=("source", "noise"), default="source", help="what is noised for the forward edit")
     p.add_argument("--reverse-start", choices=("source", "edit"), default="source", help="what is noised for the reverse edit")
     p.add_argument("--reencode", action="store_true", help="the reverse edit sees E(D(z_edit)) instead of z_edit")
-    p.add_argument("--identity-steps", type=number(int, 0), default=0, help="steps of denoising alone, at the beginning")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
@@ -212,11 +208,12 @@ def run(args):
             group["lr"] = learning_rate(step, args.lr)
         for part in range(args.accumulate):
             generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * args.accumulate + part)
-            losses = compute_losses(model, scorer, next(loader).to(args.device), args, generator, step)
+            losses = compute_losses(model, scorer, next(loader).to(args.device), args, generator)
             (losses["loss"] / args.accumulate).backward()
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach() / (args.log_every * args.accumulate)
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), args.clip_grad, error_if_nonfinite=True)
+        if not torch.nn.utils.clip_grad_norm_(unet.parameters(), args.clip_grad).isfinite():
+            raise ValueError(f"the gradient is not finite at step {step + 1}; the last checkpoint is kept: try a smaller --lr")
         optimizer.step()
         optimizer.zero_grad()
         update_average(ema, unet, step, args.ema)
@@ -227,7 +224,7 @@ def run(args):
                       else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
             images = done * args.batch_size * args.accumulate
             rate = (images - first * args.batch_size * args.accumulate) / (time.time() - started)
-            rows.append({"step": done, "images": images} | dict.fromkeys(("clip", "sim", "attn", "recon", "cec"), 0.) | {k: round(v.item(), 4) for k, v in sums.items()})
+            rows.append({"step": done, "images": images} | {k: round(v.item(), 4) for k, v in sums.items()})
             tqdm.write(", ".join(f"{k} {v}" for k, v in rows[-1].items()) + f", {rate:.1f} images/s, {memory:.1f} GiB")
             sums = {}
         if done % args.save_every == 0 or done == args.steps:
@@ -252,8 +249,10 @@ def main(argv=None):
     quiet_transformers()
     try:
         run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.error(str(error).splitlines()[0])
+    except torch.OutOfMemoryError:
+        parser.error(f"the memory of {args.device} is too small; choose a smaller --batch-size and a larger --accumulate")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

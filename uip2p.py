@@ -296,28 +296,27 @@ def one_step(model, z_t, t, image_latents, context, maps=None):
 
 
 def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, start="source", reverse_start="source",
-          reencode=False, sharp=False):
+          reencode=False):
     """The paper's round trip: (I_input, C_f) -> I_edit, then (I_edit, C_r) -> I_recon, one noise prediction each.
 
     images: (B, 3, H, W) in [-1, 1]; instructions C_f, reverse_instructions C_r: lists of B strings
-    t, t_hat: (B,) timesteps of the forward and of the reverse edit; noise: (2, B, 4, h, w)"""
+    t, t_hat: (B,) timesteps of the forward and of the reverse edit; noise: (2, B, 4, h, w)
+    Of what the paper does not say: start, what is noised for the forward edit ("source", the input's latents, or nothing:
+    "noise"); reverse_start, for the reverse edit ("source", towards which it goes, or "edit"); reencode: whether the
+    reverse edit sees E(D(z_edit)), the image, instead of z_edit.  Gradients flow through both edits."""
+    scale = model.vae.scaling_factor
     with torch.no_grad():
         z_input = model.encode(images)                                                    # (B, 4, h, w)
-    scale = model.vae.scaling_factor
-    C_f, C_r = model.encode_text(instructions + reverse_instructions).chunk(2)
-    forward_maps, reverse_maps = [], []
-    z_start = z_input
-    if start == "rollout":
-        with torch.no_grad():
-            first = torch.maximum(t, (t + 1000) // 2)
-            z_start = one_step(model, model.add_noise(z_input, noise[1], first), first, z_input / scale, C_f)
-    z_t = noise[0] if start == "noise" else model.add_noise(z_start, noise[0], t)
-    z_edit = one_step(model, z_t, t, z_input / scale, C_f, forward_maps)
-    edited = model.decode(z_edit)                                                         # I_edit (B, 3, H, W)
-    seen = model.vae.encode(edited) if reencode else z_edit / scale
+    C_f, C_r = model.encode_text(instructions + reverse_instructions).chunk(2)            # (B, 77, D)
+    A_f, A_r = [], []
+
+    z_t = model.add_noise(z_input, noise[0], t) if start == "source" else noise[0]
+    z_edit = one_step(model, z_t, t, z_input / scale, C_f, A_f)                           # (B, 4, h, w)
+    I_edit = model.decode(z_edit)                                                         # (B, 3, H, W)
+
     z_t = model.add_noise(z_input if reverse_start == "source" else z_edit, noise[1], t_hat)
-    z_recon = one_step(model, z_t, t_hat, seen, C_r, reverse_maps)
-    return Cycle(edited, model.decode(z_recon), forward_maps, reverse_maps)               # I_recon (B, 3, H, W)
+    z_recon = one_step(model, z_t, t_hat, model.vae.encode(I_edit) if reencode else z_edit / scale, C_r, A_r)
+    return Cycle(I_edit, model.decode(z_recon), A_f, A_r)
 
 
 def edit_map(model, images, edited, instructions, t=500):
