@@ -9,11 +9,12 @@ from torch.nn.functional import cosine_similarity
 
 import toy
 from cli import Parser, non_negative_float, positive_int, quiet_transformers, seed_int
-from losses import ClipScorer
+from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, norm
 from uip2p import EditModel
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
+
 
 @torch.no_grad()
 def judge(edits, images, outputs, scorer):
@@ -42,6 +43,25 @@ def judge(edits, images, outputs, scorer):
             "direction": cosine_similarity(E_output - E_input, E_edited - E_caption)}
 
 
+def ascend(model, scorer, edits, images, steps=60):
+    """Images whose latents minimise L_CLIP + L_sim + half the pixel distance to the input, by Adam, with no network in
+    between: how far CLIP's gradient itself leads to the edit, and how far to patterns that only fool it."""
+    E_input, E_caption, E_edited = (e.detach() for e in (
+        scorer.embed_images(images), *[scorer.embed_texts([getattr(edit, s).caption for edit in edits]) for s in ("scene", "edited")]))
+    with torch.no_grad():
+        z = model.encode(images)
+    optimizer = torch.optim.Adam([z.requires_grad_()], lr=.05)
+    for _ in range(steps):
+        outputs = model.decode(z)
+        E_output = scorer.embed_images(outputs)
+        loss = clip_direction_loss(E_input, E_output, E_caption, E_edited) + clip_similarity_loss(E_output, E_edited) \
+            + .5 * norm(outputs - images).mean()
+        optimizer.zero_grad()
+        (loss * len(images)).backward()
+        optimizer.step()
+    return model.decode(z).detach().clamp(-1, 1)
+
+
 def main(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--models", nargs="*", default=[str(HERE / "models/toy")], help="directories of toy models")
@@ -50,6 +70,7 @@ def main(argv=None):
     p.add_argument("--steps", type=positive_int, nargs="+", default=[10], help="denoising steps, one or several")
     p.add_argument("--scales", nargs="+", type=scales, default=[(1.5, 1.2)], metavar="TEXT:IMAGE", help="guidance, as 1.5:1.2")
     p.add_argument("--seed", type=seed_int, default=0, help="of the noise that the edits start from")
+    p.add_argument("--ascent", action="store_true", help="also what CLIP's gradient alone makes of the latents")
     p.add_argument("--kinds", action="store_true", help="also a row for each kind of edit")
     args = p.parse_args(argv)
     quiet_transformers()
@@ -85,7 +106,10 @@ def run(args):
     for n, (path, model) in enumerate(models.items()):
         if n == 0:
             with torch.no_grad():
-                report("true edit through the VAE", "", model.decode(model.encode(truth)).clamp(-1, 1))
+                through = model.decode(model.encode(truth)).clamp(-1, 1)
+            report("true edit through the VAE", "", through)
+            if args.ascent:
+                report("CLIP ascent on the latents", "", ascend(model, scorer, edits, images))
         for steps in args.steps:
             for s_T, s_I in args.scales:
                 generator = torch.Generator().manual_seed(args.seed)

@@ -68,19 +68,38 @@ def test_token_maps_by_hand():
     torch.testing.assert_close(A[1], torch.ones(2, 4))        # all tokens together have all the attention
 
 
+def relative_distance(f, r):
+    """||f / mean(f) - r / mean(r)|| of two maps, as a root mean square, in double precision, with the squares multiplied out:
+    the mean square of a map over its own mean is its second moment in those units."""
+    f, r = (np.asarray(m, dtype=np.float64) for m in (f, r))
+    square = (f * f).mean() / f.mean() ** 2 + (r * r).mean() / r.mean() ** 2 - 2 * (f * r).mean() / (f.mean() * r.mean())
+    return math.sqrt(square)
+
+
+def random_maps(seed, sides=(2, 4)):
+    return [torch.rand(2, side, side, generator=torch.Generator().manual_seed(seed)) for side in sides]
+
+
 def test_attention_loss_by_hand():
-    """A sum over layers of the norm of each sample's difference, as a root mean square, averaged over the batch."""
-    f, r = ([torch.rand(2, side, side, generator=torch.Generator().manual_seed(seed)) for side in (2, 4)] for seed in (0, 1))
-    by_hand = 0
-    for layer in range(2):
-        for b in range(2):
-            difference = (f[layer][b] - r[layer][b]).flatten().tolist()
-            by_hand += math.sqrt(sum(d * d for d in difference) / len(difference)) / 2
+    """A mean over layers and over the batch."""
+    f, r = random_maps(0), random_maps(1)
+    by_hand = sum(relative_distance(f[layer][b], r[layer][b]) for layer in range(2) for b in range(2)) / 4
     assert attention_loss(f, r).item() == pytest.approx(by_hand, rel=1e-4)
     assert attention_loss(f, f).item() == pytest.approx(0, abs=1e-3)
     assert attention_loss(f, r).item() == pytest.approx(attention_loss(r, f).item())
     with pytest.raises(ValueError):
         attention_loss(f, r[:1])
+
+
+def test_attention_loss_compares_where_and_not_how_much_or_how_finely():
+    f, r = random_maps(0), random_maps(1)
+    loss = attention_loss(f, r).item()
+    strength = torch.tensor([.01, 7.])[:, None, None]         # another for each sample
+    assert attention_loss([m * strength for m in f], [m * .3 for m in r]).item() == pytest.approx(loss, rel=1e-3)
+    assert attention_loss([m * .1 for m in f], f).item() == pytest.approx(0, abs=1e-3)
+    finer = [[m.repeat_interleave(2, 1).repeat_interleave(2, 2) for m in maps] for maps in (f, r)]
+    assert attention_loss(*finer).item() == pytest.approx(loss, rel=1e-4)
+    assert attention_loss(f * 3, r * 3).item() == pytest.approx(loss, rel=1e-4)               # three times the layers
 
 
 def test_reconstruction_loss_by_hand():
@@ -257,7 +276,8 @@ def test_L_CEC_joins_the_right_inputs_with_the_papers_weights(scorer):
     by_hand = {
         "clip": mean(lambda b: 1 - cosine(minus(E["edit"][b], E["in"][b]), minus(T_edit[b], T[b]))),
         "sim": mean(lambda b: 1 - cosine(E["edit"][b], T_edit[b])),
-        "attn": mean(lambda b: rms((forward[0][b] * tokens_f[b]).sum(-1).mean(0) - (reverse[0][b] * tokens_r[b]).sum(-1).mean(0))),
+        "attn": mean(lambda b: relative_distance((forward[0][b] * tokens_f[b]).sum(-1).mean(0),
+                                                 (reverse[0][b] * tokens_r[b]).sum(-1).mean(0))),
         "recon": mean(lambda b: rms(images[b] - reconstructed[b]) + 1 - cosine(E["in"][b], E["recon"][b]))}
     for name, value in by_hand.items():
         assert out[name].item() == pytest.approx(value, rel=1e-3), name
