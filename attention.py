@@ -107,7 +107,7 @@ def token_maps(maps, token_mask):
     token_mask: (B, L), 1 for the tokens that count and 0 for the others
     Returns a list of (B, h, w) in [0, 1]: per layer, the mean over heads of the sum over the tokens that count."""
     # the paper does not say which tokens; the sum over all of them is 1 at every pixel, a loss of nothing
-    return [torch.einsum("bnhwl,bl->bhw", m, token_mask.to(m)) / m.shape[1] for m in maps]
+    return [(m * token_mask.to(m)[:, None, None, None]).sum(-1).mean(1) for m in maps]
 
 
 def edit_region(maps, token_mask, size):

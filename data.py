@@ -114,7 +114,7 @@ def batches(dataset, batch_size, seed, first=0, workers=0):
             while len(batch) < batch_size:
                 epoch, i = divmod(position, len(dataset))
                 if order is None or i == 0:
-                    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+                    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)).tolist()
                 batch.append(epoch * len(dataset) + order[i])
                 position += 1
             yield batch

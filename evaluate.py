@@ -63,7 +63,7 @@ def ascend(model, scorer, edits, images, steps=60):
 
 
 def main(argv=None):
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser("evaluate.py", description=__doc__.split("\n")[0])
     p.add_argument("--models", nargs="*", default=[str(HERE / "models/toy")], help="directories of toy models")
     p.add_argument("--clip", default=str(HERE / "models/toy/clip"), help="the CLIP of done, CLIP-T and direction")
     p.add_argument("--scenes", type=positive_int, default=500, help="how many test scenes")

@@ -65,9 +65,12 @@ def clip_similarity_loss(E_edit, E_edited_caption):
 
 
 def attention_loss(forward_maps, reverse_maps):
-    """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.  Lists of (B, h, w), a layer each."""
+    """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.  Lists of (B, h, w), a layer each.
+
+    The paper does not say how A is scaled.  Here each map is divided by its mean, or both would agree by fading to zero,
+    and the sum over layers is their mean."""
     def relative(m):
-        return m / m.mean((1, 2), keepdim=True)
+        return m / m.mean((1, 2), keepdim=True).clamp_min(1e-6)
     return sum(norm(relative(f) - relative(r)).mean() for f, r in zip(forward_maps, reverse_maps, strict=True)) / len(forward_maps)
 
 

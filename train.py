@@ -11,6 +11,7 @@ The same command resumes a run that was stopped.  A run's folder gets log.csv, c
 import copy
 import csv
 import os
+import pickle
 import resource
 import time
 from contextlib import nullcontext
@@ -33,6 +34,8 @@ PAPER = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", clip="openai/c
 TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), resolution=32, weights=[3., .2, 2., 1.], t_min=400)
 TOY_RUNS = {"cycle": dict(batch_size=16, steps=1000, lr=1e-4), "ip2p": dict(batch_size=48, steps=1500, lr=1e-3),
             "identity": dict(batch_size=16, steps=1200, lr=3e-4)}
+CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode")
+NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise")}
 
 
 def learning_rate(step, peak, warmup=100):
@@ -132,7 +135,7 @@ def write_log(path, rows):
 
 
 def parse(argv):
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser("train.py", description=__doc__.split("\n")[0])
     p.add_argument("--objective", choices=("cycle", "ip2p", "identity"), default="cycle",
                    help="cycle consistency, supervised pairs, or denoising the input given itself")
     p.add_argument("--model", help="directory or hub id to start from (default: the toy model, or Stable Diffusion 1.5)")
@@ -162,9 +165,12 @@ def parse(argv):
     p.add_argument("--log-every", type=positive_int, default=50)
     p.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints, validations and pictures")
     args = p.parse_args(argv)
+    given = {name for name, value in vars(args).items() if value != p.get_default(name)}
+    if unused := given & set(NOT_FOR[args.objective]):
+        p.error(f"--{min(unused).replace('_', '-')} has no effect on --objective {args.objective}")
     p.set_defaults(**TOY | TOY_RUNS[args.objective] if args.data == "toy" else PAPER)
     args = p.parse_args(argv)
-    args.unet = args.unet or ("text2image" if args.model == TOY["model"] else "unet")
+    args.unet = args.unet or ("text2image" if Path(args.model).resolve() == Path(TOY["model"]) else "unet")
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
     return p, args
 
@@ -177,19 +183,22 @@ def open_data(path, split, args):
 
 
 def run(args):
+    train, validation = open_data(args.data, "train", args), open_data(args.validation or args.data, "validation", args)
     model = EditModel.from_pretrained(args.model, args.device, unet=args.unet)
     scorer = ClipScorer.from_pretrained(args.clip, args.device) if args.objective == "cycle" else None
-    train, validation = open_data(args.data, "train", args), open_data(args.validation or args.data, "validation", args)
     args.output.mkdir(parents=True, exist_ok=True)
     unet = model.unet.requires_grad_(True).train()
     unet.checkpointing = args.checkpointing
     ema = copy.deepcopy(unet).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(unet.parameters(), args.lr, weight_decay=.01)
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("steps", "output", "log_every", "save_every", "workers")}
-    first, rows, best = 0, [], float("inf")
+    first, rows, best, sums = 0, [], float("inf"), {}
     state_file = args.output / "state.pt"
     if state_file.exists():
-        state = torch.load(state_file, map_location=args.device, weights_only=True)
+        try:
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{state_file} is damaged ({str(error).splitlines()[0]}); remove it to start again") from None
         changed = [k for k in settings if settings[k] != state["settings"].get(k)]
         if changed:
             raise ValueError(f"{args.output} holds a run with another --{changed[0].replace('_', '-')} "
@@ -197,18 +206,18 @@ def run(args):
         unet.load_state_dict(state["unet"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        first, rows, best = state["step"], state["rows"], state["best"]
+        first, rows, best, sums = state["step"], state["rows"], state["best"], state["sums"]
     print(f"{args.objective} training of {sum(p.numel() for p in unet.parameters()):,} parameters on {args.device}, "
           f"{args.precision}, from step {first}; " + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
 
     loader = batches(train, args.batch_size, args.seed, first * args.accumulate, args.workers)
     shown = next(batches(validation, 8, seed=0)).to(args.device)
-    sums, started, progress = {}, time.time(), tqdm(total=args.steps, initial=first, desc="train")
+    started, progress = time.time(), tqdm(total=args.steps, initial=first, desc="train")
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.lr)
         for part in range(args.accumulate):
-            generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) * args.accumulate + part)
+            generator = torch.Generator().manual_seed(((args.seed * 1_000_003 + step) * args.accumulate + part) % 2 ** 63)
             losses = compute_losses(model, scorer, next(loader).to(args.device), args, generator)
             (losses["loss"] / args.accumulate).backward()
             for name, loss in losses.items():
@@ -242,7 +251,7 @@ def run(args):
                 write_log(args.output, rows)
             replace_file(state_file, lambda path: torch.save(
                 {"unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                 "rows": rows, "best": best, "settings": settings}, path))
+                 "rows": rows, "best": best, "sums": sums, "settings": settings}, path))
 
 
 def main(argv=None):

@@ -27,18 +27,24 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
 
 
 def find_model(path_or_id):
-    """The local directory of a model: the path itself, or the hub's files (safetensors only), downloaded once."""
+    """The local directory of a model: the path itself, or where the hub's files are, safetensors only, downloaded once."""
     path = Path(path_or_id)
     if path.is_dir():
         return path
     if path.exists() or path.is_absolute() or str(path_or_id).startswith(".") or str(path_or_id).count("/") != 1:
         raise ValueError(f"{path_or_id} is neither a model directory nor a hub id like timbrooks/instruct-pix2pix")
+    texts = ["tokenizer/*.json", "tokenizer/*.txt", "scheduler/*.json", "*/config.json", "edit_defaults.json"]
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=[
-            f"{part}/*.{end}" for part in (*WEIGHTS, "tokenizer", "scheduler") for end in ("json", "txt", "safetensors")]))
+        for variant in ("", ".fp16"):                         # the second only where a repository has no other
+            path = Path(snapshot_download(str(path_or_id), allow_patterns=texts + [
+                f"{part}/{stem}{end}" for part, stem in WEIGHTS.items() for end in
+                (f"{variant}.safetensors", f".safetensors.index{variant}.json", f"{variant}-*.safetensors")]))
+            if list(path.glob("unet/*.safetensors")):
+                break
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"{path_or_id} is no local directory, and the hub did not give it: "
                          f"{str(error).splitlines()[0]}") from None
+    return path
 
 
 def read_json(path):
