@@ -19,7 +19,8 @@ from uip2p import EditModel
 TOY = Path(__file__).resolve().parent.parent / "models/toy"
 pytestmark = pytest.mark.skipif(not (TOY / "text2image").is_dir(), reason="models/toy is not here: run pretrain.py")
 
-TOY_MODEL = ["--model", str(TOY), "--unet", "text2image", "--clip", str(TOY / "clip"), "--resolution", "32"]  # for other data
+TOY_UNET = ["--model", str(TOY), "--unet", "text2image", "--resolution", "32"]      # for other data than the toy world's
+TOY_MODEL = [*TOY_UNET, "--clip", str(TOY / "clip")]
 FAST = ["--batch-size", "2", "--log-every", "1", "--save-every", "2"]
 LOSSES = {"cycle": ["clip", "sim", "attn", "recon", "cec", "denoise", "loss"], "identity": ["denoise", "loss"], "ip2p": ["loss"]}
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -187,7 +188,7 @@ def test_only_the_unet_trains(whole):
 
 @pytest.mark.parametrize("objective", ["ip2p", "identity"])
 def test_the_other_objectives_train_from_a_folder(tmp_path, objective):
-    path = run(tmp_path / "run", 2, "--objective", objective, *TOY_MODEL, "--data", folder(tmp_path / "data"))
+    path = run(tmp_path / "run", 2, "--objective", objective, *TOY_UNET, "--data", folder(tmp_path / "data"))
     assert list(log(path)[0]) == ["step", "images", *LOSSES[objective]] and len(log(path)) == 2
     assert not torch.equal(load_file(path / "model" / UNET)["conv_out.weight"],
                            load_file(TOY / "text2image/diffusion_pytorch_model.safetensors")["conv_out.weight"])
@@ -233,7 +234,7 @@ def test_bad_arguments_are_refused_in_one_line_and_leave_nothing(tmp_path, capsy
 
 @pytest.mark.parametrize("objective, key", [("cycle", "caption"), ("ip2p", "edited_image")])
 def test_a_bad_line_of_the_listing_is_named(tmp_path, capsys, objective, key):
-    message = refuse(capsys, *TOY_MODEL, "--objective", objective, "--data", folder(tmp_path / "data", **{key: ""}),
+    message = refuse(capsys, *TOY_UNET, "--objective", objective, "--data", folder(tmp_path / "data", **{key: ""}),
                      "--output", tmp_path / "run")
     assert "metadata.jsonl line 3" in message and key in message
     assert not (tmp_path / "run").exists()
