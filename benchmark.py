@@ -3,7 +3,6 @@
     python benchmark.py                          # 512x512, 4 steps
     python benchmark.py --save random-sd15       # also writes the model, for edit.py --model random-sd15
 """
-import argparse
 import platform
 import resource
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cli import device, positive_int
+from cli import Parser, device, positive_int
 from uip2p import EditModel
 from unet import SD15, UNet
 from vae import SD15_VAE, VAE
@@ -31,7 +30,7 @@ def random_model(where, dtype):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser("benchmark.py", description=__doc__.split("\n")[0])
     p.add_argument("--resolution", type=positive_int, default=512)
     p.add_argument("--steps", type=positive_int, default=4)
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")

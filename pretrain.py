@@ -3,10 +3,10 @@
     python pretrain.py                       # all three in turn, into models/toy
     python pretrain.py --parts vae           # one of them (text2image needs the other two)
 
+A VAE or CLIP made anew does not fit the editor in models/toy/unet: train that anew too, as the README says.
 Real training starts from Stable Diffusion 1.5 and CLIP ViT-L/14 instead; these small ones have the same files in the
 same layout and run through the same code.
 """
-import argparse
 import copy
 import json
 import math
@@ -22,11 +22,13 @@ from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import toy
+from cli import Parser, number, positive_int
 from losses import CLIP_MEAN, CLIP_STD, ClipScorer
 from uip2p import EditModel, update_average
 from unet import UNet
 from vae import VAE
 
+HERE = Path(__file__).resolve().parent
 WIDTH = 64                                                    # of the text encoder, hence of the UNet's context
 CLIP = dict(
     projection_dim=64, logit_scale_init_value=math.log(10),
@@ -192,15 +194,19 @@ def pretrain_text2image(path, steps, precision):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--output", type=Path, default=Path("models/toy"))
+    p = Parser("pretrain.py", description=__doc__.split("\n")[0])
+    p.add_argument("--output", type=Path, default=HERE / "models/toy")
     p.add_argument("--parts", nargs="+", choices=("clip", "vae", "text2image"), default=("clip", "vae", "text2image"))
-    p.add_argument("--clip-steps", type=int, default=2500)
-    p.add_argument("--vae-steps", type=int, default=2500)
-    p.add_argument("--text2image-steps", type=int, default=2500)
+    p.add_argument("--clip-steps", type=positive_int, default=2500)
+    p.add_argument("--vae-steps", type=positive_int, default=2500)
+    p.add_argument("--text2image-steps", type=positive_int, default=2500)
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster where the CPU has AMX")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=number(int, 0, 2 ** 32), default=0)
     args = p.parse_args()
+    if "text2image" in args.parts:
+        for part in ("clip", "vae"):
+            if part not in args.parts and not (args.output / part / "config.json").is_file():
+                p.error(f"text2image needs {args.output / part}: make it first, with --parts {part}")
     for part in args.parts:
         torch.manual_seed(args.seed)
         random.seed(args.seed)
