@@ -1,4 +1,4 @@
-"""The four losses of UIP2P, on CLIP embeddings, attention maps and pixels (equations of section 3.2 of the paper).
+"""The four losses of UIP2P, on CLIP embeddings, attention maps and pixels, by the names the paper gives them.
 
 Images are (B, 3, H, W) in [-1, 1]; every loss is a mean over the batch, so that its weight means the same at any size.
 """
@@ -9,7 +9,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from attention import token_maps
 
-WEIGHTS = {"clip": 1.0, "attn": 0.5, "sim": 1.0, "recon": 1.0}       # L_CEC, equation 6: the paper's
+WEIGHTS = {"clip": 1.0, "attn": 0.5, "sim": 1.0, "recon": 1.0}       # of L_CEC: the paper's
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -44,7 +44,7 @@ def learning_rate(step, peak, warmup=100):
 
 
 def denoising_loss(model, images, targets, texts, r, generator):
-    """||eps - eps_theta(z_t, t, E(c_I), c_T)||^2, section 3 of InstructPix2Pix, towards the targets (B, 3, H, W).
+    """||eps - eps_theta(z_t, t, E(c_I), c_T)||^2 of InstructPix2Pix, towards the targets (B, 3, H, W).
 
     r (B,) in [0, 1) is its conditioning dropout: below .05 no text, to .10 neither, to .15 no image, above that both.
     A departure: InstructPix2Pix weighs all t alike; here the weight is 1 / SNR, at most 5, an error of z_0 instead of eps."""

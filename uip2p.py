@@ -251,7 +251,7 @@ class EditModel:
     @torch.no_grad()
     def edit(self, images, instructions, steps=50, text_guidance=7.5, image_guidance=1.5, noise=None, generator=None,
              progress=False):
-        """Edits images by DDIM (eta 0) with the two guidance scales of InstructPix2Pix, equation 3.
+        """Edits images by DDIM (eta 0) with the two guidance scales of InstructPix2Pix.
 
         images: (B, 3, H, W) in [-1, 1]; instructions: list of B strings
         noise: (B, 4, h, w), the start; else drawn from `generator` (a CPU generator, so that every device gives one image)
