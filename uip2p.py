@@ -273,14 +273,14 @@ class EditModel:
         context = torch.cat([text for _, _, text in branches])                            # (n*B, 77, D)
         timesteps = self.ddim_timesteps(steps)
         stride = len(self.alphas_cumprod) // steps
-        for t in tqdm(timesteps, "denoising", disable=not progress):
+        for step in tqdm(timesteps, "denoising", disable=not progress):
             x = torch.cat([z_t.repeat(len(branches), 1, 1, 1), conditions], dim=1)        # (n*B, 8, h, w)
-            eps = self.unet(x, torch.full((len(x),), t, device=self.device), context)     # (n*B, 4, h, w)
+            t = torch.full((len(x),), step, device=self.device)
+            eps = self.unet(x, t, context)                                                # (n*B, 4, h, w)
             eps = sum(w * e for w, e in zip(weights, eps.chunk(len(branches))))           # (B, 4, h, w)
-            abar, before = self.alphas_cumprod[t], self.alphas_cumprod[max(t - stride, 0)]
-            z_0 = (z_t - (1 - abar).sqrt() * eps) / abar.sqrt()
-            z_t = before.sqrt() * z_0 + (1 - before).sqrt() * eps
-        return self.decode(z_t.to(self.dtype)).clamp(-1, 1)
+            z_0 = self.remove_noise(z_t, eps, t[:len(z_t)])
+            z_t = self.add_noise(z_0, eps, (t[:len(z_t)] - stride).clamp(min=0))
+        return self.decode(z_t).clamp(-1, 1)
 
 
 @dataclass
