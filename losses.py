@@ -50,7 +50,7 @@ class ClipScorer:
 
 def norm(x):
     """||x||_2 of each sample, divided by the root of its number of values, so that no weight depends on the resolution
-    (the paper does not say; the mean square was measured too).  (B, ...) -> (B,)."""
+    (the paper does not say; the mean square is not measured).  (B, ...) -> (B,)."""
     return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
 
 

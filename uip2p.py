@@ -78,7 +78,7 @@ def weight_files(folder, stem):
     raise ValueError(f"{folder} has no {stem}.safetensors")
 
 
-def load_part(network, folder, adapt=lambda state: state):
+def load_part(network, folder, adapt):
     """Builds network(config) from the config.json of a folder and fills it, strictly, from its safetensors.  `adapt`
     may change (config, state dict) before.  ValueError names the file and what is wrong with it."""
     state, config = {}, read_json(folder / "config.json")
@@ -295,7 +295,7 @@ class Cycle:
 def one_step(model, z_t, t, image_latents, context, maps=None):
     """A single noise prediction and the clean latents it means: the paper's edit (B, 4, h, w), differentiable."""
     eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, context, maps)
-    z_0 = model.remove_noise(z_t, eps, t).clamp(-4, 4)        # no clean latent is farther out than this
+    z_0 = model.remove_noise(z_t, eps, t).clamp(-4, 4)        # the paper does not say; a few clean latents lie beyond
     # at large t the estimate multiplies an error of eps by up to 14, and would its gradient: that is divided out again
     abar = model.alphas_cumprod[t][:, None, None, None]
     return torch.lerp(z_0.detach(), z_0, (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0))
