@@ -46,7 +46,10 @@ def main():
     images = torch.rand(1, 3, args.resolution, args.resolution) * 2 - 1
     for attempt in ("first", "second"):
         start = time.time()
-        model.edit(images, ["make it snow"], args.steps).cpu()
+        try:
+            model.edit(images, ["make it snow"], args.steps).cpu()
+        except ValueError as error:                           # a resolution or number of steps that the model cannot do
+            p.error(str(error))
         print(f"{attempt} edit: {time.time() - start:.1f} s")
     peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

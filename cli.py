@@ -1,6 +1,7 @@
-"""What the commands share: errors of one line, and the types of their numbers."""
+"""What the commands share: errors of one line, the types of their numbers, files that are whole or not there."""
 import argparse
 import math
+import os
 
 import torch
 from transformers.utils import logging
@@ -45,3 +46,10 @@ def quiet_transformers():
     """No progress bar for the loading of a text encoder, no remark on a text that is too long: the commands say it."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def replace_file(path, write):
+    """Has write(temporary path) make a file, and gives it its name only when it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)

@@ -46,10 +46,10 @@ def judge(edits, images, outputs, scorer):
 def ascend(model, scorer, edits, images, steps=60):
     """Images whose latents minimise L_CLIP + L_sim + half the pixel distance to the input, by Adam, with no network in
     between: how far CLIP's gradient itself leads to the edit, and how far to patterns that only fool it."""
-    E_input, E_caption, E_edited = (e.detach() for e in (
-        scorer.embed_images(images), *[scorer.embed_texts([getattr(edit, s).caption for edit in edits]) for s in ("scene", "edited")]))
+    E_caption = scorer.embed_texts([e.scene.caption for e in edits])
+    E_edited = scorer.embed_texts([e.edited.caption for e in edits])
     with torch.no_grad():
-        z = model.encode(images)
+        E_input, z = scorer.embed_images(images), model.encode(images)                    # (B, D), (B, 4, h, w)
     optimizer = torch.optim.Adam([z.requires_grad_()], lr=.05)
     for _ in range(steps):
         outputs = model.decode(z)

@@ -22,7 +22,7 @@ from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import toy
-from cli import Parser, number, positive_int
+from cli import Parser, number, positive_int, replace_file
 from losses import CLIP_MEAN, CLIP_STD, ClipScorer
 from uip2p import EditModel, update_average
 from unet import UNet
@@ -75,12 +75,13 @@ def make_tokenizer(path):
 
 def write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2))
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2)))
 
 
 def save_part(module, folder, config):
     write_json(folder / "config.json", config)
-    save_file({k: v.half() for k, v in module.state_dict().items()}, folder / "diffusion_pytorch_model.safetensors")
+    replace_file(folder / "diffusion_pytorch_model.safetensors",
+                 lambda temporary: save_file({k: v.half() for k, v in module.state_dict().items()}, temporary))
 
 
 def train(model, loss_of, steps, lr, precision, name):

@@ -10,7 +10,6 @@ The same command resumes a run that was stopped.  A run's folder gets log.csv, c
 """
 import copy
 import csv
-import os
 import pickle
 import resource
 import time
@@ -21,7 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from cli import Parser, device, non_negative_float, number, positive_int, quiet_transformers, seed_int
+from cli import Parser, device, non_negative_float, number, positive_int, quiet_transformers, replace_file, seed_int
 from data import Folder, ToyWorld, batches
 from losses import WEIGHTS, ClipScorer, cycle_losses
 from pictures import curves, grid, overlay, save_png
@@ -115,12 +114,6 @@ def figure(model, batch):
     rows = [[i, e, u, overlay(i, f), overlay(e, r)] for i, e, u, f, r in
             zip(*[x.float().cpu() for x in (batch.images, edited, undone, A_f, A_r)])]
     return grid(rows, ("input", "edit", "reconstruction", "A_f", "A_r"), batch.instructions)
-
-
-def replace_file(path, write):
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def write_log(path, rows):
