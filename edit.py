@@ -184,20 +184,19 @@ def main(argv=None):
         jobs = check_files(args)
         args.precision = args.precision or ("fp16" if args.device.startswith("cuda") else "fp32")
         model = EditModel.from_pretrained(args.model, args.device, DTYPES[args.precision])
-        names = {"steps": "steps", "text_guidance": "cfg_text", "image_guidance": "cfg_image", "resolution": "resolution"}
-        if unknown := sorted(set(model.defaults) - set(names)):
-            raise ValueError(f"{args.model}/edit_defaults.json: {unknown[0]} is none of {', '.join(names)}")
+        flags = {"text_guidance": "cfg_text", "image_guidance": "cfg_image"}
         # as texts they are checked like flags, and flags go before them
-        p.set_defaults(**{names[k]: str(v) for k, v in model.defaults.items()}, precision=args.precision)
+        p.set_defaults(**{flags.get(k, k): str(v) for k, v in model.defaults.items()}, precision=args.precision)
         args = p.parse_args(argv)
         settings = {k: getattr(args, k) for k in
                     ("model", "device", "precision", "seed", "steps", "cfg_text", "cfg_image", "resolution")}
         print(", ".join(f"{k} {v}" for k, v in settings.items()), flush=True)
         for text in args.edit + args.reverse:
             ids = model.tokenizer(text).input_ids
-            if len(ids) > 77:                                 # 75, and the start and the end
-                print(f"edit.py: warning: an instruction has more than 75 tokens; what is cut and not followed: "
-                      f"{model.tokenizer.decode(ids[76:-1])!r}", file=sys.stderr)
+            longest = model.tokenizer.model_max_length        # with the start and the end
+            if len(ids) > longest:
+                print(f"edit.py: warning: an instruction has more than {longest - 2} tokens; what is cut and not followed: "
+                      f"{model.tokenizer.decode(ids[longest - 1:-1])!r}", file=sys.stderr)
         if jobs:
             edit_files(model, jobs, args, settings | {"edit": "\n".join(args.edit)})
         else:

@@ -66,7 +66,8 @@ def main(argv=None):
     p = Parser("evaluate.py", description=__doc__.split("\n")[0])
     p.add_argument("--models", nargs="*", default=[str(HERE / "models/toy")], help="directories of toy models")
     p.add_argument("--clip", default=str(HERE / "models/toy/clip"), help="the CLIP of done, CLIP-T and direction")
-    p.add_argument("--scenes", type=positive_int, default=500, help="how many test scenes")
+    p.add_argument("--split", choices=("validation", "test"), default="test", help="of the toy world (%(default)s)")
+    p.add_argument("--scenes", type=positive_int, default=500, help="how many of its scenes (%(default)s)")
     p.add_argument("--steps", type=positive_int, nargs="+", default=[10], help="denoising steps, one or several")
     p.add_argument("--scales", nargs="+", type=scales, default=[(1.5, 1.2)], metavar="TEXT:IMAGE", help="guidance, as 1.5:1.2")
     p.add_argument("--seed", type=seed_int, default=0, help="of the noise that the edits start from")
@@ -88,9 +89,9 @@ def scales(text):
 def run(args):
     scorer = ClipScorer.from_pretrained(args.clip)
     models = {path: EditModel.from_pretrained(path) for path in args.models}
-    edits = [toy.edit("test", i) for i in range(args.scenes)]
+    edits = [toy.edit(args.split, i) for i in range(args.scenes)]
     images = toy.render([e.scene for e in edits])
-    print(f"{args.scenes} test scenes, seed {args.seed}\n")
+    print(f"{args.scenes} {args.split} scenes, seed {args.seed}\n")
     print("| model | s_T, s_I, steps | " + " | ".join(COLUMNS) + " |\n|---|---|" + "---|" * len(COLUMNS))
 
     def report(name, settings, outputs):

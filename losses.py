@@ -43,8 +43,8 @@ class ClipScorer:
 
     @torch.no_grad()
     def embed_texts(self, texts):
-        """List of B strings -> E_T (B, D); texts longer than 77 tokens are cut."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(self.clip.device)
+        """List of B strings -> E_T (B, D); longer texts are cut as the tokenizer says."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
         return F.normalize(self.clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
 
 
@@ -83,7 +83,7 @@ def cycle_losses(scorer, images, captions, edited_captions, cycle, forward_token
     """The four losses of one round trip and their weighted sum, L_CEC: a dict of scalars clip, sim, attn, recon, cec.
 
     images (B, 3, H, W); captions and edited_captions: lists of B strings; cycle: uip2p.Cycle
-    forward_tokens, reverse_tokens: (B, 77), the content tokens of the two instructions"""
+    forward_tokens, reverse_tokens: (B, L), the content tokens of the two instructions"""
     E_input, E_edit, E_recon = scorer.embed_images(torch.cat([images, cycle.edited, cycle.reconstructed])).chunk(3)
     E_caption, E_edited_caption = scorer.embed_texts(captions + edited_captions).chunk(2)
     losses = {

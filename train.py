@@ -33,7 +33,7 @@ PAPER = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", clip="openai/c
 TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), resolution=32, weights=[3., .2, 2., 1.], t_min=400)
 TOY_RUNS = {"cycle": dict(batch_size=16, steps=1000, lr=1e-4), "ip2p": dict(batch_size=48, steps=1500, lr=1e-3),
             "identity": dict(batch_size=16, steps=1200, lr=3e-4)}
-CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode")
+CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp")
 NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise")}
 
 
@@ -51,7 +51,7 @@ def denoising_loss(model, images, targets, texts, r, generator):
         mean, logvar = model.vae.moments(targets)
         sample = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
         z_0 = model.vae.scaling_factor * sample                                           # (B, 4, h, w)
-        image_latents = model.vae.encode(images) * ((r < .05) | (r >= .15))[:, None, None, None].to(images)
+        image_latents = (mean if targets is images else model.vae.encode(images)) * ((r < .05) | (r >= .15))[:, None, None, None].to(images)
         context = model.encode_text(["" if drop else text for text, drop in zip(texts, r < .10)])
     noise = torch.randn(z_0.shape, generator=generator).to(z_0)
     t = torch.randint(1000, (len(z_0),), generator=generator).to(z_0.device)
@@ -68,7 +68,7 @@ def round_trip_losses(model, scorer, batch, args, generator):
     t = torch.randint(args.t_min, 1000, (B,), generator=generator).to(model.device)
     t_hat = torch.randint(1000, (B,), generator=generator).to(model.device)
     trip = cycle(model, batch.images, batch.instructions, batch.reverse_instructions, t, t_hat, noise,
-                 args.start, args.reverse_start, args.reencode)
+                 args.start, args.reverse_start, args.reencode, args.sharp)
     return cycle_losses(scorer, batch.images, batch.captions, batch.edited_captions, trip,
                         model.content_tokens(batch.instructions), model.content_tokens(batch.reverse_instructions),
                         dict(zip(WEIGHTS, args.weights)))
@@ -88,7 +88,8 @@ def compute_losses(model, scorer, batch, args, generator):
         # that the cycle never visits, e(z, c_I, 0) and e(z, 0, 0); how the paper does, it does not say
         n = max(B // 2, 1) if args.objective == "cycle" else B
         r = .1 * torch.rand(n, generator=generator)
-        losses["denoise"] = denoising_loss(model, batch.images[:n], batch.images[:n], [""] * n, r, generator)
+        inputs = batch.images[:n]
+        losses["denoise"] = denoising_loss(model, inputs, inputs, [""] * n, r, generator)
         return losses | {"loss": losses.get("cec", 0) + args.denoise * losses["denoise"]}
 
 
@@ -105,8 +106,7 @@ def validate(model, scorer, dataset, args):
 
 def figure(model, batch):
     """Rows of figure 3: input, edit, reconstruction, A_f, A_r.  Edits are sampled as `edit.py` does."""
-    settings = {"steps": 10} | model.defaults
-    settings.pop("resolution", None)
+    settings = {"steps": model.defaults.get("steps", 10)} | model.guidance
     edited = model.edit(batch.images, batch.instructions, generator=torch.Generator().manual_seed(0), **settings)
     undone = model.edit(edited, batch.reverse_instructions, generator=torch.Generator().manual_seed(1), **settings)
     A_f = edit_map(model, batch.images, edited, batch.instructions)
@@ -150,6 +150,7 @@ def parse(argv):
     p.add_argument("--start", choices=("source", "noise"), default="source", help="what is noised for the forward edit")
     p.add_argument("--reverse-start", choices=("source", "edit"), default="source", help="what is noised for the reverse edit")
     p.add_argument("--reencode", action="store_true", help="the reverse edit sees E(D(z_edit)) instead of z_edit")
+    p.add_argument("--sharp", type=number(int, 0, 999), default=0, help="steps of a sampled edit that stands for the one-step estimate")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")

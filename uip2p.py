@@ -23,6 +23,7 @@ from unet import UNet
 from vae import VAE, modern_names
 
 STOP_WORDS = set("a an the this that it its his her their and or of to in on at by for from with into as is are be".split())
+DEFAULTS = "steps", "text_guidance", "image_guidance", "resolution"   # what a model may recommend for its edits
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
@@ -155,10 +156,14 @@ class EditModel:
         width = unet.config["cross_attention_dim"]
         if text_encoder.config.hidden_size != width:
             raise ValueError(f"{path}: the text encoder's width is {text_encoder.config.hidden_size}, but the UNet takes {width}")
-        defaults = path / "edit_defaults.json"
+        file = path / "edit_defaults.json"
+        defaults = read_json(file) if file.is_file() else {}
+        for name, value in defaults.items():
+            if name not in DEFAULTS or type(value) not in (int, float):
+                raise ValueError(f"{file}: {name} = {value!r} is not a number for one of {', '.join(DEFAULTS)}")
         for module in (unet, vae, text_encoder):
             module.to(device, dtype).requires_grad_(False).eval()
-        return cls(unet, vae, text_encoder, tokenizer, scheduler, read_json(defaults) if defaults.is_file() else None)
+        return cls(unet, vae, text_encoder, tokenizer, scheduler, defaults)
 
     def save_pretrained(self, path):
         """Writes the model in the layout it was loaded from, each file under a temporary name first."""
@@ -201,21 +206,27 @@ class EditModel:
         return self.unet.conv_in.weight.dtype
 
     @property
+    def guidance(self):
+        """The guidance scales that the model recommends, else those of InstructPix2Pix."""
+        return {k: self.defaults.get(k, usual) for k, usual in (("text_guidance", 7.5), ("image_guidance", 1.5))}
+
+    @property
     def vae_factor(self):
         """How many times smaller latents are than images: 8 in Stable Diffusion."""
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     def tokenize(self, texts):
-        """List of B strings -> token ids (B, 77): start, text (cut to fit), end, and padding with the end token."""
-        return self.tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        """List of B strings -> token ids (B, L): start, text (cut to fit), end, and padding with the end token.  L is the
+        tokenizer's model_max_length, 77 in Stable Diffusion."""
+        return self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     @torch.no_grad()
     def encode_text(self, texts):
-        """List of B strings -> context (B, 77, D), the text encoder's last hidden state after its final layer norm."""
+        """List of B strings -> context (B, L, D), the text encoder's last hidden state after its final layer norm."""
         return self.text_encoder(self.tokenize(texts).to(self.device)).last_hidden_state
 
     def content_tokens(self, texts):
-        """(B, 77) of 0 and 1: the tokens that carry an instruction, without start and end, stop words and punctuation."""
+        """(B, L) of 0 and 1: the tokens that carry an instruction, without start and end, stop words and punctuation."""
         def carries(token):
             word = token.removesuffix("</w>")                 # a piece without </w> is the beginning of a longer word
             is_stop_word = token.endswith("</w>") and word in STOP_WORDS
@@ -261,8 +272,13 @@ class EditModel:
         image_latents = self.vae.encode(images.to(self.device, self.dtype))
         if noise is None:
             noise = torch.randn(image_latents.shape, generator=generator)
-        z_t = noise.to(self.device, self.dtype)                                           # (B, 4, h, w)
-        text, no_text = self.encode_text(instructions), self.encode_text([""]).expand(len(images), -1, -1)
+        z_0 = self.sample(image_latents, instructions, noise.to(image_latents), steps, text_guidance, image_guidance, progress)
+        return self.decode(z_0).clamp(-1, 1)
+
+    @torch.no_grad()
+    def sample(self, image_latents, instructions, z_t, steps, text_guidance, image_guidance, progress=False):
+        """The loop of `edit`: unscaled latents of the images and noise z_T (B, 4, h, w) -> clean latents z_0 (B, 4, h, w)."""
+        text, no_text = self.encode_text(instructions), self.encode_text([""]).expand(len(z_t), -1, -1)
         no_image = torch.zeros_like(image_latents)
         # e(0,0) + s_I (e(I,0) - e(0,0)) + s_T (e(I,T) - e(I,0)), as one weight for each of the three branches
         branches = [b for b in ((text_guidance, image_latents, text),
@@ -270,7 +286,7 @@ class EditModel:
                                 (1 - image_guidance, no_image, no_text)) if b[0] != 0]
         weights = [weight for weight, _, _ in branches]
         conditions = torch.cat([image for _, image, _ in branches])                       # (n*B, 4, h, w)
-        context = torch.cat([text for _, _, text in branches])                            # (n*B, 77, D)
+        context = torch.cat([text for _, _, text in branches])                            # (n*B, L, D)
         timesteps = self.ddim_timesteps(steps)
         stride = len(self.alphas_cumprod) // steps
         for step in tqdm(timesteps, "denoising", disable=not progress):
@@ -280,7 +296,7 @@ class EditModel:
             eps = sum(w * e for w, e in zip(weights, eps.chunk(len(branches))))           # (B, 4, h, w)
             z_0 = self.remove_noise(z_t, eps, t[:len(z_t)])
             z_t = self.add_noise(z_0, eps, (t[:len(z_t)] - stride).clamp(min=0))
-        return self.decode(z_t).clamp(-1, 1)
+        return z_t
 
 
 @dataclass
@@ -288,7 +304,7 @@ class Cycle:
     """What one round trip leaves for the losses: images (B, 3, H, W), and the attention maps of every layer."""
     edited: torch.Tensor                                      # I_edit
     reconstructed: torch.Tensor                               # I_recon
-    forward_maps: list                                        # A_f, one (B, heads, h, w, 77) a layer
+    forward_maps: list                                        # A_f, one (B, heads, h, w, L) a layer
     reverse_maps: list                                        # A_r
 
 
@@ -302,22 +318,26 @@ def one_step(model, z_t, t, image_latents, context, maps=None):
 
 
 def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, start="source", reverse_start="source",
-          reencode=False):
+          reencode=False, sharp=0):
     """The paper's round trip: (I_input, C_f) -> I_edit, then (I_edit, C_r) -> I_recon, one noise prediction each.
 
     images: (B, 3, H, W) in [-1, 1]; instructions C_f, reverse_instructions C_r: lists of B strings
     t, t_hat: (B,) timesteps of the forward and of the reverse edit; noise: (2, B, 4, h, w)
     Of what the paper does not say: start, what is noised for the forward edit ("source", the input's latents, or nothing:
     "noise"); reverse_start, for the reverse edit ("source", towards which it goes, or "edit"); reencode: whether the
-    reverse edit sees E(D(z_edit)), the image, instead of z_edit.  Gradients flow through both edits."""
+    reverse edit sees E(D(z_edit)), the image, instead of z_edit; sharp: if not 0, I_edit is an edit sampled in so many
+    steps, with the gradient of the one-step estimate.  Gradients flow through both edits."""
     scale = model.vae.scaling_factor
     with torch.no_grad():
         z_input = model.encode(images)                                                    # (B, 4, h, w)
-    C_f, C_r = model.encode_text(instructions + reverse_instructions).chunk(2)            # (B, 77, D)
+    C_f, C_r = model.encode_text(instructions + reverse_instructions).chunk(2)            # (B, L, D)
     A_f, A_r = [], []
 
     z_t = model.add_noise(z_input, noise[0], t) if start == "source" else noise[0]
     z_edit = one_step(model, z_t, t, z_input / scale, C_f, A_f)                           # (B, 4, h, w)
+    if sharp:                                                 # straight-through (arXiv 2606.03911): no blur for CLIP and C_r
+        sampled = model.sample(z_input / scale, instructions, noise[0], sharp, **model.guidance)
+        z_edit = sampled + z_edit - z_edit.detach()
     I_edit = model.decode(z_edit)                                                         # (B, 3, H, W)
 
     z_t = model.add_noise(z_input if reverse_start == "source" else z_edit, noise[1], t_hat)
