@@ -51,7 +51,8 @@ def denoising_loss(model, images, targets, texts, r, generator):
         mean, logvar = model.vae.moments(targets)
         sample = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
         z_0 = model.vae.scaling_factor * sample                                           # (B, 4, h, w)
-        image_latents = (mean if targets is images else model.vae.encode(images)) * ((r < .05) | (r >= .15))[:, None, None, None].to(images)
+        image_latents = mean if targets is images else model.vae.encode(images)
+        image_latents = image_latents * ((r < .05) | (r >= .15))[:, None, None, None].to(images)
         context = model.encode_text(["" if drop else text for text, drop in zip(texts, r < .10)])
     noise = torch.randn(z_0.shape, generator=generator).to(z_0)
     t = torch.randint(1000, (len(z_0),), generator=generator).to(z_0.device)
@@ -84,12 +85,12 @@ def compute_losses(model, scorer, batch, args, generator):
             r = torch.rand(B, generator=generator)
             return {"loss": denoising_loss(model, batch.images, batch.edited_images, batch.instructions, r, generator)}
         losses = round_trip_losses(model, scorer, batch, args, generator) if args.objective == "cycle" else {}
-        # the input itself as target, without text, without the image too for half: it keeps the two branches of guidance
-        # that the cycle never visits, e(z, c_I, 0) and e(z, 0, 0); how the paper does, it does not say
+        # the input itself as target, with the image, with nothing, or with the caption as condition, a third each: it keeps
+        # what the cycle never visits, e(z, c_I, 0) and e(z, 0, 0) of guidance; how the paper does, it does not say
         n = max(B // 2, 1) if args.objective == "cycle" else B
-        r = .1 * torch.rand(n, generator=generator)
+        r = .15 * torch.rand(n, generator=generator)
         inputs = batch.images[:n]
-        losses["denoise"] = denoising_loss(model, inputs, inputs, [""] * n, r, generator)
+        losses["denoise"] = denoising_loss(model, inputs, inputs, batch.captions[:n], r, generator)
         return losses | {"loss": losses.get("cec", 0) + args.denoise * losses["denoise"]}
 
 

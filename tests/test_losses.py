@@ -204,9 +204,9 @@ FORWARD, REVERSE = ["make the sky red", "add a tree"], ["make the sky blue", "re
 CAPTIONS, EDITED = ["a blue sky", "a field"], ["a red sky", "a field with a tree"]
 
 
-def round_trip(model, images, seed=0):
+def round_trip(model, images, seed=0, **choices):
     noise = torch.randn(2, len(images), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
-    return cycle(model, images, FORWARD, REVERSE, torch.tensor([50, 150]), torch.tensor([100, 20]), noise)
+    return cycle(model, images, FORWARD, REVERSE, torch.tensor([50, 150]), torch.tensor([100, 20]), noise, **choices)
 
 
 def test_the_cycle_is_two_one_step_edits(trained, expected):
@@ -244,6 +244,20 @@ def test_the_reconstructions_gradient_flows_through_both_edits(trained, scorer, 
         assert all(eps.grad[row].abs().sum() > 0 for row in range(2))
     assert all(p.grad.abs().sum() > 0 for p in (trained.unet.conv_in.weight, trained.unet.conv_out.weight))
     assert not any(p.grad is not None for part in (trained.vae, trained.text_encoder, scorer.clip) for p in part.parameters())
+
+
+def test_a_sharp_edit_has_the_value_of_the_sampled_one_and_the_gradient_of_the_estimate(trained, expected):
+    images = expected["vae.images"]
+    noise = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))[0]
+    sampled = trained.edit(images, FORWARD, steps=2, noise=noise, **trained.guidance)
+    sharp = round_trip(trained, images, sharp=2).edited
+    torch.testing.assert_close(sharp.clamp(-1, 1), sampled, atol=1e-4, rtol=1e-4)
+    assert torch.autograd.grad(sharp.sum(), trained.unet.conv_out.weight)[0].abs().sum() > 0
+    seen = []                                                 # the reverse edit sees the sampled edit too
+    hook = trained.unet.register_forward_hook(lambda module, args, eps: seen.append(args[0][:, 4:]))
+    round_trip(trained, images, sharp=2)
+    hook.remove()
+    torch.testing.assert_close(trained.vae.decode(seen[-1]).clamp(-1, 1), sampled, atol=1e-4, rtol=1e-4)
 
 
 def test_attention_loss_trains_both_edits(trained, scorer, expected):
