@@ -43,17 +43,17 @@ def judge(edits, images, outputs, scorer):
             "direction": cosine_similarity(E_output - E_input, E_edited - E_caption)}
 
 
-def ascend(model, scorer, edits, images, steps=60):
+def ascend(model, scorer, edits, images, views, steps=60):
     """Images whose latents minimise L_CLIP + L_sim + half the pixel distance to the input, by Adam, with no network in
     between: how far CLIP's gradient itself leads to the edit, and how far to patterns that only fool it."""
-    E_caption = scorer.embed_texts([e.scene.caption for e in edits])
-    E_edited = scorer.embed_texts([e.edited.caption for e in edits])
+    texts = scorer.embed_texts([e.scene.caption for e in edits]), scorer.embed_texts([e.edited.caption for e in edits])
+    E_caption, E_edited = (E.repeat(max(views, 1), 1) for E in texts)
     with torch.no_grad():
-        E_input, z = scorer.embed_images(images), model.encode(images)                    # (B, D), (B, 4, h, w)
-    optimizer = torch.optim.Adam([z.requires_grad_()], lr=.05)
+        z = model.encode(images)                                                          # (B, 4, h, w)
+    optimizer, generator = torch.optim.Adam([z.requires_grad_()], lr=.05), torch.Generator().manual_seed(0)
     for _ in range(steps):
         outputs = model.decode(z)
-        E_output = scorer.embed_images(outputs)
+        E_input, E_output = scorer.embed_views((images, outputs), views, generator)
         loss = clip_direction_loss(E_input, E_output, E_caption, E_edited) + clip_similarity_loss(E_output, E_edited) \
             + .5 * norm(outputs - images).mean()
         optimizer.zero_grad()
@@ -110,7 +110,8 @@ def run(args):
                 through = model.decode(model.encode(truth)).clamp(-1, 1)
             report("true edit through the VAE", "", through)
             if args.ascent:
-                report("CLIP ascent on the latents", "", ascend(model, scorer, edits, images))
+                for views in (0, 2, 8):
+                    report(f"CLIP ascent on the latents, {views} views", "", ascend(model, scorer, edits, images, views))
         for steps in args.steps:
             for s_T, s_I in args.scales:
                 generator = torch.Generator().manual_seed(args.seed)

@@ -41,11 +41,29 @@ class ClipScorer:
         features = self.clip.get_image_features(((images - self.mean) / self.std).to(self.clip.dtype))
         return F.normalize(features.pooler_output.float(), dim=-1)
 
+    def embed_views(self, images, views, generator=None):
+        """Some images (B, 3, H, W) each -> their embeddings (views * B, D), in the same `view`s; 0: (B, D), as they are."""
+        shown = [view(torch.cat(images), generator) for _ in range(views)] or [torch.cat(images)]
+        return map(torch.cat, zip(*[self.embed_images(s).chunk(len(images)) for s in shown]))
+
     @torch.no_grad()
     def embed_texts(self, texts):
         """List of B strings -> E_T (B, D); longer texts are cut as the tokenizer says."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
         return F.normalize(self.clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
+
+
+def view(images, generator=None):
+    """The images (B, 3, H, W) shifted together by up to a quarter of a side, with noise of a random strength each.
+
+    CLIP's gradient on an image as it is soon leads to patterns that please CLIP and nobody else; what it says of many
+    views at once is more often the edit (`evaluate.py --ascent`).  The paper does not say; random crops are usual elsewhere."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, [width // 4, width // 4, height // 4, height // 4], mode="replicate")
+    top, left = (torch.randint(side // 4 * 2 + 1, (), generator=generator) for side in (height, width))
+    strength = .5 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    noise = strength * torch.randn(images.shape, generator=generator)
+    return padded[:, :, top:top + height, left:left + width] + noise.to(images)
 
 
 def norm(x):
@@ -76,16 +94,18 @@ def attention_loss(forward_maps, reverse_maps):
 
 def reconstruction_loss(images, reconstructed, E_input, E_recon):
     """L_recon = ||I_input - I_recon||_2 + 1 - cos(E_Iinput, E_Irecon): undone, the edit leaves the input."""
-    return (norm(images - reconstructed) + 1 - cosine_similarity(E_input, E_recon)).mean()
+    return norm(images - reconstructed).mean() + (1 - cosine_similarity(E_input, E_recon)).mean()
 
 
-def cycle_losses(scorer, images, captions, edited_captions, cycle, forward_tokens, reverse_tokens, weights=WEIGHTS):
+def cycle_losses(scorer, images, captions, edited_captions, cycle, forward_tokens, reverse_tokens, weights=WEIGHTS,
+                 views=0, generator=None):
     """The four losses of one round trip and their weighted sum, L_CEC: a dict of scalars clip, sim, attn, recon, cec.
 
     images (B, 3, H, W); captions and edited_captions: lists of B strings; cycle: uip2p.Cycle
-    forward_tokens, reverse_tokens: (B, L), the content tokens of the two instructions"""
-    E_input, E_edit, E_recon = scorer.embed_images(torch.cat([images, cycle.edited, cycle.reconstructed])).chunk(3)
-    E_caption, E_edited_caption = scorer.embed_texts(captions + edited_captions).chunk(2)
+    forward_tokens, reverse_tokens: (B, L), the content tokens of the two instructions
+    views: of how many random views CLIP's losses are the mean; 0 for the images as they are"""
+    E_input, E_edit, E_recon = scorer.embed_views((images, cycle.edited, cycle.reconstructed), views, generator)
+    E_caption, E_edited_caption = (E.repeat(max(views, 1), 1) for E in scorer.embed_texts(captions + edited_captions).chunk(2))
     losses = {
         "clip": clip_direction_loss(E_input, E_edit, E_caption, E_edited_caption),
         "sim": clip_similarity_loss(E_edit, E_edited_caption),

@@ -29,11 +29,12 @@ from uip2p import EditModel, cycle, edit_map, update_average
 HERE = Path(__file__).resolve().parent
 # what the paper says, but for the batch; and what was measured to suit a model a thousand times smaller, in ten minutes
 PAPER = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", clip="openai/clip-vit-large-patch14", resolution=256,
-             batch_size=8, steps=11_000, lr=5e-5, weights=list(WEIGHTS.values()), t_min=0)
-TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), resolution=32, weights=[3., .2, 2., 1.], t_min=400)
+             batch_size=8, steps=11_000, lr=5e-5, weights=list(WEIGHTS.values()), t_min=0, views=0)
+TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), resolution=32, weights=[3., .2, 2., 1.], t_min=400,
+           views=2)
 TOY_RUNS = {"cycle": dict(batch_size=16, steps=1000, lr=1e-4), "ip2p": dict(batch_size=48, steps=1500, lr=1e-3),
             "identity": dict(batch_size=16, steps=1200, lr=3e-4)}
-CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp")
+CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views")
 NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise")}
 
 
@@ -72,7 +73,7 @@ def round_trip_losses(model, scorer, batch, args, generator):
                  args.start, args.reverse_start, args.reencode, args.sharp)
     return cycle_losses(scorer, batch.images, batch.captions, batch.edited_captions, trip,
                         model.content_tokens(batch.instructions), model.content_tokens(batch.reverse_instructions),
-                        dict(zip(WEIGHTS, args.weights)))
+                        dict(zip(WEIGHTS, args.weights)), args.views, generator)
 
 
 def compute_losses(model, scorer, batch, args, generator):
@@ -152,6 +153,7 @@ def parse(argv):
     p.add_argument("--reverse-start", choices=("source", "edit"), default="source", help="what is noised for the reverse edit")
     p.add_argument("--reencode", action="store_true", help="the reverse edit sees E(D(z_edit)) instead of z_edit")
     p.add_argument("--sharp", type=number(int, 0, 999), default=0, help="steps of a sampled edit that stands for the one-step estimate")
+    p.add_argument("--views", type=number(int, 0, 64), help="random views of an image that CLIP judges; 0 for the image as it is")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
