@@ -30,11 +30,11 @@ HERE = Path(__file__).resolve().parent
 # what the paper says, but for the batch; and what was measured to suit a model a thousand times smaller, in ten minutes
 PAPER = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", clip="openai/clip-vit-large-patch14", resolution=256,
              batch_size=8, steps=11_000, lr=5e-5, weights=list(WEIGHTS.values()), t_min=0, views=0)
-TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), resolution=32, weights=[3., .2, 2., 1.], t_min=400,
+TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), resolution=32, weights=[3., .2, 2., .5], t_min=400,
            views=2)
-TOY_RUNS = {"cycle": dict(batch_size=16, steps=1000, lr=1e-4), "ip2p": dict(batch_size=48, steps=1500, lr=1e-3),
-            "identity": dict(batch_size=16, steps=1200, lr=3e-4)}
-CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views")
+TOY_RUNS = {"cycle": dict(batch_size=16, steps=750, lr=1e-4), "ip2p": dict(batch_size=64, steps=2000, lr=1e-3),
+            "identity": dict(batch_size=64, steps=800, lr=1e-3)}
+CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views", "identity_steps")
 NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise")}
 
 
@@ -154,6 +154,7 @@ def parse(argv):
     p.add_argument("--reencode", action="store_true", help="the reverse edit sees E(D(z_edit)) instead of z_edit")
     p.add_argument("--sharp", type=number(int, 0, 999), default=0, help="steps of a sampled edit that stands for the one-step estimate")
     p.add_argument("--views", type=number(int, 0, 64), help="random views of an image that CLIP judges; 0 for the image as it is")
+    p.add_argument("--identity-steps", type=number(int, 0), help="first, steps of --objective identity (default: 800 from text2image)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
@@ -168,6 +169,8 @@ def parse(argv):
     p.set_defaults(**TOY | TOY_RUNS[args.objective] if args.data == "toy" else PAPER)
     args = p.parse_args(argv)
     args.unet = args.unet or ("text2image" if Path(args.model).resolve() == Path(TOY["model"]) else "unet")
+    if args.identity_steps is None:                           # a text-to-image UNet does not know yet what its image is for
+        args.identity_steps = TOY_RUNS["identity"]["steps"] if (args.objective, args.unet) == ("cycle", "text2image") else 0
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
     return p, args
 
@@ -184,6 +187,11 @@ def run(args):
     model = EditModel.from_pretrained(args.model, args.device, unet=args.unet)
     scorer = ClipScorer.from_pretrained(args.clip, args.device) if args.objective == "cycle" else None
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.identity_steps:
+        shared = [f"--{k}={getattr(args, k)}" for k in ("model", "unet", "data", "resolution", "seed", "device", "precision")]
+        _, first = parse([*shared, "--objective=identity", f"--steps={args.identity_steps}", f"--output={args.output / 'identity'}"])
+        run(first)
+        model = EditModel.from_pretrained(first.output / "model", args.device)
     unet = model.unet.requires_grad_(True).train()
     unet.checkpointing = args.checkpointing
     ema = copy.deepcopy(unet).requires_grad_(False).eval()

@@ -23,6 +23,7 @@ TOY_UNET = ["--model", str(TOY), "--unet", "text2image", "--resolution", "32"]  
 TOY_MODEL = [*TOY_UNET, "--clip", str(TOY / "clip")]
 FAST = ["--batch-size", "2", "--log-every", "1", "--save-every", "2"]
 LOSSES = {"cycle": ["clip", "sim", "attn", "recon", "cec", "denoise", "loss"], "identity": ["denoise", "loss"], "ip2p": ["loss"]}
+train.TOY_RUNS["identity"] |= dict(steps=2, batch_size=4)       # which the cycle from text-to-image begins with
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -79,7 +80,7 @@ def whole(tmp_path_factory):
                 return used[-1]
             patch.setattr(kind, "from_pretrained", keep)
         run(path, 4)
-    return path, *used
+    return path, used[-1], used[1]
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, tmp_path):
 def test_what_a_run_leaves_behind(whole):
     path = whole[0]
     assert {f.name for f in path.iterdir()} == {
-        "best", "model", "log.csv", "curves.png", "state.pt", "step-000002.png", "step-000004.png"}
+        "best", "identity", "model", "log.csv", "curves.png", "state.pt", "step-000002.png", "step-000004.png"}
     rows = log(path)
     assert list(rows[0]) == ["step", "images", *LOSSES["cycle"]]
     assert [(row["step"], row["images"]) for row in rows] == [(1, 2), (2, 4), (3, 6), (4, 8)]
@@ -186,6 +187,14 @@ def test_only_the_unet_trains(whole):
     assert min(gradients) > 0                                 # weight decay alone moves a parameter, too
 
 
+def test_the_cycle_from_text_to_image_first_learns_to_use_its_input(tmp_path):
+    path = run(tmp_path / "run", 1, "--lr", 0)
+    identity = load_file(path / "identity/model" / UNET)
+    assert all(torch.equal(v, identity[k]) for k, v in load_file(path / "model" / UNET).items())
+    assert identity["conv_in.weight"][:, 4:].abs().max() > 0 and state(path / "identity")["step"] == 2
+    assert not (run(tmp_path / "none", 1, "--identity-steps", 0) / "identity").exists()
+
+
 @pytest.mark.parametrize("objective", ["ip2p", "identity"])
 def test_the_other_objectives_train_from_a_folder(tmp_path, objective):
     path = run(tmp_path / "run", 2, "--objective", objective, *TOY_UNET, "--data", folder(tmp_path / "data"))
@@ -201,7 +210,7 @@ def test_a_folder_trains_the_cycle_without_edited_images(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "compute_losses", lambda model, scorer, batch, *rest: (
         seen.append(batch.instructions) or compute(model, scorer, batch, *rest)))
     monkeypatch.setattr(train, "validate", lambda *_: {"cec": 1.0})
-    run(tmp_path / "run", 2, *TOY_MODEL, "--data", data)
+    run(tmp_path / "run", 2, *TOY_MODEL, "--identity-steps", 0, "--data", data)
     assert sorted(seen[0] + seen[1]) == sorted(toy.edit("train", i).instruction for i in range(4))  # an epoch in two steps
 
 
@@ -251,7 +260,8 @@ def test_a_damaged_state_is_refused_in_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--objective", "ip2p", "--weights", "1", "2", "3", "4"], ["--objective", "identity", "--t-min", "9"],
-                                   ["--objective", "ip2p", "--denoise", "2"], ["--objective", "ip2p", "--reencode"]])
+                                   ["--objective", "ip2p", "--denoise", "2"], ["--objective", "ip2p", "--reencode"],
+                                   ["--objective", "identity", "--identity-steps", "3"]])
 def test_an_option_without_effect_is_refused(tmp_path, capsys, monkeypatch, flags):
     monkeypatch.setattr(train, "run", lambda args: None)
     refuse(capsys, "--output", tmp_path / "run", *flags)
