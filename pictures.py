@@ -2,6 +2,7 @@
 
 An image is a tensor (3, H, W) in [-1, 1]; a picture is a pillow image.
 """
+import io
 import math
 import os
 import textwrap
@@ -23,16 +24,17 @@ FONT = ImageFont.load_default(TEXT)
 HEAT = torch.tensor([(20, 11, 53), (101, 21, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)]) / 255  # as 'inferno'
 
 
-def load_image(path):
-    """An image file of any kind -> (3, H, W) in [-1, 1], upright as its EXIF data says, transparency over white.
-    ValueError, in one line, for what is missing, damaged, larger than MAX_PIXELS, or no image."""
+def load_image(path, data=None):
+    """An image file of any kind, or its bytes `data`, which `path` then only names -> (3, H, W) in [-1, 1], upright as its
+    EXIF data says, transparency over white.  ValueError, in one line, for what is missing, damaged, larger than MAX_PIXELS,
+    or no image."""
     path = Path(path)
-    if not path.is_file():
+    if data is None and not path.is_file():
         raise ValueError(f"{path}: there is no such image file")
-    if not path.stat().st_size:
+    if data == b"" or data is None and not path.stat().st_size:
         raise ValueError(f"{path} is empty: it has 0 bytes")
     try:
-        with Image.open(path) as file:
+        with Image.open(path if data is None else io.BytesIO(data)) as file:
             picture = ImageOps.exif_transpose(file)           # decodes it whole
         if picture.mode == "F":
             raise ValueError("its floating-point values have no known range; save it with 8 or 16 bits")

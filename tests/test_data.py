@@ -1,23 +1,29 @@
-"""The order of samples, and folders of images with their texts."""
+"""The order of samples, and where they come from: folders of images, webdataset shards, InstructPix2Pix's tree, mixes."""
+import io
 import json
+import random
+import sys
+import tarfile
+from collections import Counter
 from itertools import islice
 
 import pytest
 import torch
 
+import data
 import toy
-from data import TEXTS, Folder, ToyWorld, batches
-from pictures import save_png
+from data import TEXTS, Folder, InstructPix2Pix, Mix, Shards, Source, ToyWorld, batches, open_source, read_texts
+from pictures import save_png, to_pil
 
 
-class Numbers(torch.utils.data.Dataset):
-    """A data set whose batch is the list of the indices it is asked for."""
+class Numbers(Source):
+    """A source whose batch is the list of the (epoch, number) it is asked for."""
 
-    def __len__(self):
-        return 10
+    def __init__(self):
+        super().__init__(range(10), 1, 0, False)
 
-    def __getitems__(self, indices):
-        return list(indices)
+    def __getitems__(self, references):
+        return list(references), []
 
 
 def take(count, batch_size=4, seed=0, **options):
@@ -28,11 +34,10 @@ def take(count, batch_size=4, seed=0, **options):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 25])        # 10 samples: batches end in the middle of an epoch, or span several
 def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(batch_size):
-    """An index is epoch * 10 + sample."""
     order = sum(take(100 // batch_size, batch_size), [])
     epochs = [order[i:i + 10] for i in range(0, 100, 10)]
-    assert all(sorted(epoch) == list(range(10 * n, 10 * n + 10)) for n, epoch in enumerate(epochs))
-    assert len({tuple(index % 10 for index in epoch) for epoch in epochs}) == 10
+    assert all(sorted(epoch) == [(n, i) for i in range(10)] for n, epoch in enumerate(epochs))
+    assert len({tuple(number for _, number in epoch) for epoch in epochs}) == 10
 
 
 def test_order_depends_on_the_seed_and_on_nothing_else():
@@ -52,9 +57,13 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(batch_size):
 
 # ---- the toy world -------------------------------------------------------------------------------------------------------
 
+def of_toy(world, *indices, epoch=0):
+    return world.__getitems__([(epoch, i) for i in indices])[0]
+
+
 def test_toy_world_gives_the_samples_asked_for():
     indices = [7, 0, 3]
-    batch = ToyWorld("validation", 20, seed=5).__getitems__(indices)
+    batch = of_toy(ToyWorld("validation", 20, seed=5), *indices)
     edits = [toy.edit("validation", i, 5) for i in indices]
     assert torch.equal(batch.images, toy.render([e.scene for e in edits])) and batch.edited_images is None
     assert (batch.captions, batch.edited_captions) == ([e.scene.caption for e in edits], [e.edited.caption for e in edits])
@@ -62,14 +71,15 @@ def test_toy_world_gives_the_samples_asked_for():
 
 
 def test_toy_world_shows_the_same_in_every_epoch():
-    batch = ToyWorld("train", 20, pairs=True).__getitems__([7, 27])
-    assert torch.equal(*batch.images) and torch.equal(*batch.edited_images) and batch.instructions[0] == batch.instructions[1]
+    first, second = (of_toy(ToyWorld("train", 20, pairs=True), 7, epoch=epoch) for epoch in (0, 1))
+    assert torch.equal(first.images, second.images) and torch.equal(first.edited_images, second.edited_images)
+    assert first.instructions == second.instructions
 
 
 def test_toy_pairs_do_not_depend_on_the_batch_and_are_not_the_truth():
     world = ToyWorld("train", 20, pairs=True)
-    batch = world.__getitems__([7, 0, 3])
-    assert torch.equal(batch.edited_images[2], world.__getitems__([3]).edited_images[0])
+    batch = of_toy(world, 7, 0, 3)
+    assert torch.equal(batch.edited_images[2], of_toy(world, 3).edited_images[0])
     truth = toy.render([toy.edit("train", i).edited for i in (7, 0, 3)])
     assert ((batch.edited_images - truth).abs().flatten(1).mean(1) > .01).all()
 
@@ -93,8 +103,11 @@ def folder(path, rows=1, size=(40, 60), edited_size=None, over=60, **texts):
     return path
 
 
-def all_of(dataset):
-    return dataset.__getitems__(list(range(len(dataset))))
+def all_of(source, epoch=0):
+    """The Batch of all items of a source, none of which is broken."""
+    batch, errors = source.__getitems__([(epoch, item) for item in source.items])
+    assert errors == []
+    return batch
 
 
 def flipped(images):
@@ -115,8 +128,9 @@ def test_both_images_of_a_pair_get_the_same_crop_and_flip(tmp_path, size):
 
 def test_pairs_of_unequal_size_are_refused(tmp_path):
     path = folder(tmp_path, edited_size=(80, 120))
-    with pytest.raises(ValueError, match="a.png and b.png differ in size"):
-        all_of(Folder(path, 32, pairs=True))
+    source = Folder(path, 32, pairs=True)
+    assert source.__getitems__([(0, source.items[0])]) == (None, [
+        f"{path}/metadata.jsonl line 1: the image and the edited image differ in size"])
     assert all_of(Folder(path, 32)).edited_images is None     # where no pairs are asked for it does not matter
 
 
@@ -147,16 +161,17 @@ def test_words_that_contain_left_or_right_do_not_count(tmp_path):
     assert flipped(all_of(Folder(folder(tmp_path, 20, instruction="make it bright, a cleft rock"), 32)).images).any()
 
 
-def test_crops_depend_on_the_seed_and_the_index_and_on_nothing_else(tmp_path):
+def test_crops_depend_on_the_seed_the_epoch_and_the_line_and_on_nothing_else(tmp_path):
     path = folder(tmp_path, 6)
     first = all_of(Folder(path, 32)).images
     assert torch.equal(all_of(Folder(path, 32)).images, first) and not torch.equal(all_of(Folder(path, 32, seed=1)).images, first)
-    assert torch.equal(Folder(path, 32).__getitems__([4]).images[0], first[4])
+    source = Folder(path, 32)
+    assert torch.equal(source.__getitems__([(0, source.items[4])])[0].images[0], first[4])
 
 
 def test_a_later_epoch_shows_the_same_samples_cut_out_anew(tmp_path):
     folders = Folder(folder(tmp_path, 6), 32)
-    first, second = folders.__getitems__([0, 1, 2, 3, 4, 5]), folders.__getitems__([6, 7, 8, 9, 10, 11])
+    first, second = all_of(folders), all_of(folders, epoch=1)
     assert second.captions == first.captions
     assert ((first.images - second.images).abs().flatten(1).amax(1) > .01).sum() >= 5
 
@@ -172,9 +187,11 @@ ROW = {"image": "a.png", "caption": "a", "instruction": "b", "edited_caption": "
 @pytest.mark.parametrize("lines, pairs, says", [
     (None, False, "metadata.jsonl is missing"),
     ([], False, "is empty"),
-    ([ROW, "{oops"], False, "line 2 "), ([ROW, ROW, ROW | {"caption": None}], False, "line 3 .*caption"),
-    ([ROW, ROW | {"instruction": "  "}], False, "line 2 .*instruction"), ([ROW | {"image": 3}], False, "line 1 .*image"),
-    ([ROW], True, "line 1 .*edited_image"), ([ROW, [1]], False, "line 2 "), ([ROW, "", ROW], False, "line 2 "),
+    ([ROW, "{oops"], False, "line 2:"), ([ROW, ROW, ROW | {"caption": None}], False, "line 3:.*caption"),
+    ([ROW, ROW | {"instruction": "  "}], False, "line 2:.*instruction"), ([ROW | {"image": 3}], False, "line 1:.*image"),
+    ([ROW], True, "line 1:.*edited_image"), ([ROW, [1]], False, "line 2:"), ([ROW, "", ROW], False, "line 2:"),
+    (["[" * 100_000], False, "line 1:"), ([ROW | {"edits": 5}], False, "line 1:.*edits"), ([ROW | {"edits": ["a"]}], False, "line 1:"),
+    ([ROW | {"edits": [{}, {"caption": "x" * 10_001}]}], False, "line 1:.*10,000"), ([ROW | {"caption": "\ud800"}], False, "line 1:"),
 ])
 def test_a_bad_listing_is_refused_by_line(tmp_path, lines, pairs, says):
     if lines is not None:
@@ -185,8 +202,368 @@ def test_a_bad_listing_is_refused_by_line(tmp_path, lines, pairs, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("bad, stops", [(1, False), (2, True)])
+def test_one_broken_line_in_a_hundred_is_reported_and_skipped(tmp_path, capsys, bad, stops):
+    (tmp_path / "metadata.jsonl").write_text("\n".join(["oops"] * bad + [json.dumps(ROW)] * (100 - bad)))
+    if stops:
+        with pytest.raises(ValueError, match="line 1: .*2 of 100 lines"):
+            Folder(tmp_path, 32)
+    else:
+        assert len(Folder(tmp_path, 32).items) == 99
+        assert "metadata.jsonl line 1: " in capsys.readouterr().err
+
+
+def test_the_papers_names_and_a_list_of_edits(tmp_path):
+    folder(tmp_path)
+    edits = [{"C_f": f"f{n}", "T_edit": f"t{n}", "C_r": f"r{n}"} for n in range(3)]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"I_input": "a.png", "T_input": "sky", "edits": edits}))
+    drawn = {tuple(t[0] for t in (b.captions, b.instructions, b.edited_captions, b.reverse_instructions))
+             for b in (all_of(Folder(tmp_path, 32), epoch) for epoch in range(30))}
+    assert drawn == {("sky", f"f{n}", f"t{n}", f"r{n}") for n in range(3)}
+
+
+# ---- webdataset shards ---------------------------------------------------------------------------------------------------
+
+EDIT = {"instruction": "make it red", "edited_caption": "a red sky", "reverse_instruction": "make it blue"}
+
+
+def jpeg(size=(40, 60), kind="JPEG"):
+    file = io.BytesIO()
+    to_pil(ramps(*size, .2)).save(file, kind)
+    return file.getvalue()
+
+
+def write_shard(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def shards(path, *sizes, **fields):
+    """00000.tar, ... as img2dataset writes them, with so many samples, whose captions are their keys."""
+    for shard, size in enumerate(sizes):
+        keys = [f"{shard:05}{n:04}" for n in range(size)]
+        write_shard(path / f"{shard:05}.tar", [member for key in keys for member in (
+            (f"{key}.jpg", jpeg()), (f"{key}.json", json.dumps({"key": key, "caption": key, **EDIT, **fields}).encode()),
+            (f"{key}.txt", key.encode()))])
+    return f"{path}/{{00000..{len(sizes) - 1:05}}}.tar"
+
+
+def draw(source, count, batch_size=1, **options):
+    """The Batches, and their captions in a list."""
+    drawn = list(islice(batches(source, batch_size, 0, **options), count))
+    return drawn, [caption for batch in drawn for caption in batch.captions]
+
+
+def test_an_epoch_of_shards_shows_every_sample_once_in_an_order_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BUFFER", 4)
+    pattern = shards(tmp_path, 5, 3, 6)
+    _, order = draw(Shards(pattern, 16), 42)
+    epochs = [order[i:i + 14] for i in range(0, 42, 14)]
+    assert all(sorted(epoch) == sorted(f"{s:05}{n:04}" for s, size in enumerate((5, 3, 6)) for n in range(size)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    assert all(sorted(epoch[:4]) != epoch[:4] for epoch in epochs) and len({epoch[0][:5] for epoch in epochs}) > 1
+
+
+def test_of_what_was_seen_before_only_headers_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BUFFER", 4)
+    source, opened, extract = Shards(shards(tmp_path, 20), 16), [], tarfile.TarFile.extractfile
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda tar, member: opened.append(member.name) or extract(tar, member))
+    next(source.order(0, 17))
+    assert len(opened) == 3 * 4
+    opened.clear()
+    next(source.order(0, 57))                                 # in the third epoch
+    assert len(opened) == 3 * 4
+
+
+def test_a_range_a_pattern_and_a_path_of_shards(tmp_path):
+    shards(tmp_path, *[1] * 11)
+    assert [s[-9:] for s in Shards(f"{tmp_path}/{{00008..00010}}.tar", 16).items] == ["00008.tar", "00009.tar", "00010.tar"]
+    assert [s[-9:] for s in Shards(f"{tmp_path}/0000[1-3].tar", 16).items] == ["00001.tar", "00002.tar", "00003.tar"]
+    assert len(Shards(f"{tmp_path}/*.tar", 16).items) == 11 and len(Shards(f"{tmp_path}/00004.tar", 16).items) == 1
+    for pattern in ("{00009..00012}.tar", "z*.tar", "00011.tar"):
+        with pytest.raises(ValueError, match="there is no such shard"):
+            Shards(f"{tmp_path}/{pattern}", 16)
+
+
+def test_what_a_sample_of_a_shard_may_look_like(tmp_path):
+    """Pixels in other formats, the caption in .txt alone, other members, and names that are paths."""
+    texts = json.dumps(EDIT | {"caption": None}).encode()
+    write_shard(tmp_path / "a.tar", [("1.png", jpeg(kind="PNG")), ("1.json", texts), ("1.txt", b"one"),
+                                     ("2.cls", b"7"), ("2.json", texts), ("2.txt", b"two"), ("2.webp", jpeg(kind="WEBP")),
+                                     ("../../3.JPG", jpeg()), ("../../3.json", texts), ("../../3.txt", b"three"),
+                                     ("no image.json", texts), ("README", b"?")])
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("4.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+    drawn, captions = draw(Shards(f"{tmp_path}/a.tar", 16), 3)
+    assert sorted(captions) == ["one", "three", "two"] and all(b.instructions == [EDIT["instruction"]] for b in drawn)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
+
+
+def side_file(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_texts(path)
+
+
+def test_a_side_file_adds_texts_and_chooses_the_samples(tmp_path):
+    pattern = shards(tmp_path, 4, 4, instruction=None, reverse_instruction=None)
+    side = side_file(tmp_path / "side.jsonl",
+                     {"key": "000000002", "instruction": "one", "reverse_instruction": "eno"},
+                     {"key": "000000002", "edits": [{"C_f": "two", "C_r": "owt"}, {"C_f": "three", "C_r": "eerht"}]},
+                     {"key": "000010003", "instruction": "four", "reverse_instruction": "ruof"}, {"key": "elsewhere"})
+    drawn, captions = draw(Shards(pattern, 16, side=side), 80)
+    assert Counter(captions) == {"000000002": 40, "000010003": 40}
+    assert {(c, *b.instructions, *b.reverse_instructions) for b, c in zip(drawn, captions)} == {
+        ("000000002", "one", "eno"), ("000000002", "two", "owt"), ("000000002", "three", "eerht"), ("000010003", "four", "ruof")}
+    with pytest.raises(ValueError, match="no image that the side file names"):
+        draw(Shards(pattern, 16, side={"elsewhere": [{}]}), 1)
+
+
+def test_a_folder_may_take_texts_from_a_side_file(tmp_path):
+    folder(tmp_path, key="a", reverse_instruction=None)
+    side = side_file(tmp_path / "side.jsonl", {"key": "a", "reverse_instruction": "back"})
+    assert all_of(Folder(tmp_path, 32, side=side)).reverse_instructions == ["back"]
+
+
+def test_a_bad_side_file_is_refused_by_line(tmp_path):
+    with pytest.raises(ValueError, match="side.jsonl line 2: no text for key"):
+        side_file(tmp_path / "side.jsonl", {"key": "a"}, {"instruction": "b"})
+
+
+def test_shards_are_for_the_cycle(tmp_path):
+    with pytest.raises(ValueError, match="no edited images"):
+        Shards(shards(tmp_path, 1), 16, pairs=True)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (640, 360), (201, 200)])
+def test_white_borders_are_cut_off(shape):
+    """As img2dataset makes them: the longer side to 256, then white, half of it on each side."""
+    width, height = (round(256 * side / max(shape)) for side in shape)
+    image, (left, top) = torch.ones(3, 256, 256), ((256 - width) // 2, (256 - height) // 2)
+    image[:, top:top + height, left:left + width] = ramps(height, width, .2, over=300)
+    file = io.BytesIO()
+    to_pil(image).save(file, "JPEG", quality=95)
+    image, row = data.load_image("a.jpg", file.getvalue()), {"original_width": shape[0], "original_height": shape[1]}
+    cut = data.without_border(image, row)
+    assert (cut[2] < 0).all()                                 # the ramps' blue is .2, white's is 1
+    assert 0 <= height - cut.shape[1] <= 4 and 0 <= width - cut.shape[2] <= 4
+    for row in ({}, {"original_width": "wide", "original_height": 0}, row | {"original_width": None}):
+        assert data.without_border(image, row) is image
+
+
+def test_what_only_looks_like_a_border_stays():
+    """Squares that were cropped from oblong images, and images that kept their shape."""
+    oblong = {"original_width": 300, "original_height": 200}
+    cropped, kept = ramps(60, 60, .2), torch.ones(3, 40, 60)
+    assert torch.equal(data.without_border(cropped, oblong), cropped) and torch.equal(data.without_border(kept, oblong), kept)
+    white = torch.ones(3, 60, 60)
+    assert torch.equal(data.without_border(white, {"original_width": 9, "original_height": 9}), white)
+    assert min(data.without_border(white, {"original_width": 1, "original_height": 9999}).shape) > 0
+
+
+@pytest.mark.parametrize("word", ["left", "Right"])
+def test_no_flip_where_a_side_file_says_left_or_right(tmp_path, word):
+    pattern = shards(tmp_path, 10, instruction=None)
+    for text, flips in ((f"the {word} boat", False), ("the boat", True)):
+        side = {f"00000{n:04}": [{"instruction": text}] for n in range(10)}
+        (batch,), _ = draw(Shards(pattern, 32, side=side), 1, 10)
+        assert flipped(batch.images).any() == flips
+
+
+# ---- InstructPix2Pix's tree ----------------------------------------------------------------------------------------------
+
+def tree(path, count, seeds=(11, 22)):
+    """Seeds differ in green, the edited image in blue; the captions are the directories' names."""
+    rows = []
+    for n in range(count):
+        (path / f"{n:07}").mkdir(parents=True)
+        prompt = {"caption" if n % 2 else "input": f"{n:07}", "edit": f"edit {n}", "output": f"output {n}"}
+        (path / f"{n:07}/prompt.json").write_text(json.dumps(prompt))
+        for i, seed in enumerate(seeds):
+            for k in (0, 1):
+                colour = torch.tensor([0, i * 2 - 1, k * 2 - 1.])[:, None, None].expand(3, 40, 40)
+                to_pil(colour).save(path / f"{n:07}/{seed}_{k}.jpg")
+        rows.append([f"{n:07}", list(seeds)])
+    (path / "seeds.json").write_text(json.dumps(rows))
+    return path
+
+
+def reverse_of(count):
+    return {f"{n:07}": [{"key": f"{n:07}", "reverse_instruction": f"reverse {n}"}] for n in range(count)}
+
+
+def test_the_baseline_of_instruct_pix2pix_needs_no_reverse_instruction(tmp_path):
+    source = InstructPix2Pix(tree(tmp_path, 20), "train", 16, pairs=True)
+    drawn = [all_of(source, epoch) for epoch in range(10)]
+    batch = drawn[0]
+    assert batch.captions == [f"{n:07}" for n in range(18)] and batch.reverse_instructions == [""] * 18
+    assert batch.instructions == [f"edit {n}" for n in range(18)] and batch.edited_captions == [f"output {n}" for n in range(18)]
+    assert (batch.images[:, 2] < -.9).all() and (batch.edited_images[:, 2] > .9).all()
+    greens = {(round(a.item()), round(b.item())) for x in drawn for a, b in zip(x.images[:, 1].mean((1, 2)), x.edited_images[:, 1].mean((1, 2)))}
+    assert greens == {(-1, -1), (1, 1)}                       # both seeds are drawn, the two images of a pair from one
+
+
+def test_the_splits_of_instruct_pix2pix_and_the_reverse_instructions_of_the_side_file(tmp_path):
+    tree(tmp_path, 40, seeds=[1])
+    names = {split: [item[0].name for item in InstructPix2Pix(tmp_path, split, 16, pairs=True).items] for split in ("train", "validation")}
+    assert names == {"train": [f"{n:07}" for n in range(36)], "validation": [f"{n:07}" for n in (36, 37)]}
+    batch = all_of(InstructPix2Pix(tmp_path, "train", 16, side=reverse_of(5)))
+    assert batch.reverse_instructions == [f"reverse {n}" for n in range(5)] and batch.edited_images is None
+    for split, side in (("train", {}), ("validation", reverse_of(36))):
+        with pytest.raises(ValueError, match=f"no directory for {split} of which the side file"):
+            InstructPix2Pix(tmp_path, split, 16, side=side)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[["a", 1]]', "{oops", '[["0000000"]]'])
+def test_bad_seeds_are_refused_in_one_line(tmp_path, text):
+    (tmp_path / "seeds.json").write_text(text)
+    with pytest.raises(ValueError, match="seeds.json") as error:
+        InstructPix2Pix(tmp_path, "train", 16, pairs=True)
+    assert "\n" not in str(error.value)
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------------
+
+def some_source(kind, path):
+    """A source of 14 samples."""
+    path.mkdir()
+    if kind == "mix":
+        return Mix([some_source("shards", path / "a"), some_source("folder", path / "b")], [3, 1])
+    if kind == "folder":
+        return Folder(folder(path, 14), 16)
+    if kind == "tree":
+        return InstructPix2Pix(tree(path, 16), "train", 16, side=reverse_of(14))
+    return Shards(shards(path, 5, 3, 6), 16)
+
+
+KINDS = ("folder", "shards", "tree", "mix")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_resumes_at_the_very_sample_with_any_number_of_workers(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(data, "BUFFER", 4)
+    source = some_source(kind, tmp_path / "data")
+    whole, captions = draw(source, 16, 3)
+    assert set(Counter(captions[:42]).values()) == {3} or kind == "mix"
+    for first, workers in [(n, 0) for n in range(1, 16)] + [(0, 2), (7, 2)]:
+        rest, order = draw(source, 16 - first, 3, first=first, workers=workers)
+        assert order == captions[3 * first:]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[first:]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_share_the_samples(tmp_path, monkeypatch, kind):
+    source, seen = some_source(kind, tmp_path / "data"), []
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(data.dist, "get_rank", lambda: rank)
+        seen.append(draw(source, 4, first=0)[1])              # each has at least 5 of its own
+        assert draw(source, 2, first=2)[1] == seen[-1][2:]
+    assert len(set(seen[0] + seen[1])) == 8 if kind != "mix" else not set(seen[0]) & set(seen[1])
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: 20)
+    with pytest.raises(ValueError, match="too few for 20 processes"):
+        draw(source, 1)
+
+
+def test_a_mix_keeps_its_proportions(tmp_path):
+    _, captions = draw(some_source("mix", tmp_path / "data"), 40, 10)
+    assert 270 < sum(caption.startswith("0000") for caption in captions) < 330
+
+
+def test_a_path_says_what_it_is(tmp_path):
+    for name in ("folder", "tree"):
+        (tmp_path / name).mkdir()
+    assert isinstance(open_source(str(folder(tmp_path / "folder")), "train", 16), Folder)
+    assert isinstance(open_source(str(tree(tmp_path / "tree", 2)), "train", 16, pairs=True), InstructPix2Pix)
+    assert isinstance(open_source(shards(tmp_path, 2), "train", 16), Shards)
+    assert isinstance(open_source("toy", "train", 32), ToyWorld)
+    with pytest.raises(ValueError, match="elsewhere/metadata.jsonl is missing"):
+        open_source("elsewhere", "train", 16)
+
+
+def test_the_measurement_of_the_rate(tmp_path, monkeypatch, capsys):
+    ticks = iter(range(0, 1000, 3))
+    monkeypatch.setattr(data.time, "time", lambda: next(ticks))
+    monkeypatch.setattr(sys, "argv", ["data.py", shards(tmp_path, 9), "--resolution", "16"])
+    data.main()
+    assert "samples/s at 16x16" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["data.py", "elsewhere.tar"])
+    with pytest.raises(SystemExit):
+        data.main()
+    assert capsys.readouterr().err == "data.py: error: elsewhere.tar: there is no such shard\n"
+
+
+# ---- what is broken ------------------------------------------------------------------------------------------------------
+
+def test_a_broken_image_is_reported_and_the_order_of_the_others_stays(tmp_path, capsys):
+    keys = [f"{n:04}" for n in range(12)]
+    broken = {"0003": jpeg()[:200], "0007": b"", "0008": b"<html>"}
+    write_shard(tmp_path / "a.tar", [m for key in keys for m in ((f"{key}.jpg", broken.get(key, jpeg())), (
+        f"{key}.json", json.dumps(EDIT | {"caption": key}).encode()))])
+    source = Shards(f"{tmp_path}/a.tar", 16)
+    order = [item[0][-5:-1] for _, item in islice(source.order(0, 0), 24)]
+    for batch_size in (1, 4):                                 # with 1, batches that are broken as a whole
+        _, captions = draw(source, 24 // batch_size, batch_size)
+        assert Counter(captions).keys() == set(keys) - set(broken) and len(captions) == 24
+        assert batch_size > 1 or all(a == b for a, b in zip(captions, order) if b not in broken)
+        for first in range(24 // batch_size):
+            assert draw(source, 24 // batch_size - first, batch_size, first=first)[1] == captions[first * batch_size:]
+    err = capsys.readouterr().err
+    assert all(f"{tmp_path}/a.tar '{key}': its .jpg " in err for key in broken) and "(3 of 12 samples so far)" in err
+
+
+def test_more_than_one_broken_sample_in_a_hundred_stops(tmp_path):
+    write_shard(tmp_path / "a.tar", [m for n in range(150) for m in (
+        (f"{n}.jpg", jpeg((16, 16)) if n % 75 else b"broken"), (f"{n}.json", json.dumps(EDIT | {"caption": "a"}).encode()))])
+    with pytest.raises(ValueError, match="11 of 7.. samples are broken; the last is .*a.tar '(0|75)'") as error:
+        draw(Shards(f"{tmp_path}/a.tar", 16), 1000)
+    assert "\n" not in str(error.value)
+
+
+def test_a_source_without_a_good_sample_stops(tmp_path):
+    pattern = shards(tmp_path, 5, instruction=None)
+    with pytest.raises(ValueError, match="11 of 11 samples are broken; .* no text for instruction"):
+        draw(Shards(pattern, 16), 1)
+    (tmp_path / "b.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(ValueError, match="11 of 11 samples are broken"):
+        draw(Shards(f"{tmp_path}/b.tar", 16), 1)
+    write_shard(tmp_path / "c.tar", [])
+    with pytest.raises(ValueError, match="has no image"):
+        draw(Shards(f"{tmp_path}/c.tar", 16), 1)
+
+
+@pytest.mark.parametrize("damage", ["in an image", "in a header", "before the end", "a header"])
+def test_the_whole_samples_of_a_truncated_shard_are_used(tmp_path, capsys, damage):
+    pattern = shards(tmp_path, 6)
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        start, last = tar.getmember("000000004.jpg"), tar.getmember("000000005.txt")
+    content = (tmp_path / "00000.tar").read_bytes()
+    (tmp_path / "00000.tar").write_bytes({
+        "in an image": content[:start.offset_data + 300], "in a header": content[:start.offset + 100],
+        "before the end": content[:last.offset_data + 512], "a header": content[:start.offset] + b"x" * 512 + content[start.offset + 512:],
+    }[damage])
+    whole = 6 if damage == "before the end" else 4
+    _, captions = draw(Shards(pattern, 16), whole + 1)
+    assert set(captions) == {f"00000{n:04}" for n in range(whole)}
+    assert "00000.tar: unexpected end of data" in capsys.readouterr().err
+
+
+def test_members_are_read_up_to_a_bound(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "LARGEST", 500)
+    write_shard(tmp_path / "a.tar", [m for n, image in enumerate((jpeg((16, 16), "WEBP"), jpeg((300, 300)))) for m in (
+        (f"{n}.webp", image), (f"{n}.json", json.dumps(EDIT | {"caption": str(n)}).encode()))])
+    assert set(draw(Shards(f"{tmp_path}/a.tar", 16), 8)[1]) == {"0"}
+    assert "a.tar '1': its .webp" in capsys.readouterr().err
+
+
 def test_a_missing_image_is_named(tmp_path):
     path = folder(tmp_path)
     (path / "a.png").unlink()
     with pytest.raises(ValueError, match="a.png"):
-        all_of(Folder(path, 32))
+        draw(Folder(path, 32), 1)
