@@ -4,6 +4,7 @@
     python train.py --objective ip2p --output runs/baseline     # the supervised baseline, on entangled pairs
     python train.py --model runs/baseline/model                 # the cycle from the baseline's weights
     python train.py --data photos --output runs/photos          # Stable Diffusion 1.5, on a folder of images
+    python train.py --data "cc3m/*.tar" photos --mix 3 1 --texts edits.jsonl --output runs/mix     # all data: see data.py
 
 The same command resumes a run that was stopped.  A run's folder gets log.csv, curves.png, pictures of eight edits
 (step-*.png) and two models: `best`, of the lowest validation loss, and `model`, the last.
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from cli import Parser, device, non_negative_float, number, positive_int, quiet_transformers, replace_file, seed_int
-from data import Folder, ToyWorld, batches
+from data import Folder, Mix, Shards, batches, open_source, read_texts
 from losses import WEIGHTS, ClipScorer, cycle_losses
 from pictures import curves, grid, overlay, save_png
 from uip2p import EditModel, cycle, edit_map, update_average
@@ -136,8 +137,10 @@ def parse(argv):
     p.add_argument("--model", help="directory or hub id to start from (default: the toy model, or Stable Diffusion 1.5)")
     p.add_argument("--unet", help="subfolder of the UNet to start from (default: unet; of the toy model, text2image)")
     p.add_argument("--clip", help="directory or hub id of the CLIP that judges")
-    p.add_argument("--data", default="toy", help="'toy', or a folder with metadata.jsonl")
-    p.add_argument("--validation", help="a folder like --data (default: --data itself, or the toy world's own split)")
+    p.add_argument("--data", nargs="+", default=["toy"], help="'toy', a folder, shards 'DIR/*.tar', InstructPix2Pix's tree")
+    p.add_argument("--mix", nargs="+", type=non_negative_float, default=[1.0], help="weights of several --data")
+    p.add_argument("--texts", help="JSONL file of texts that --data lacks")
+    p.add_argument("--validation", help="like --data (default: its own split; where it has none, the training data itself)")
     p.add_argument("--output", type=Path, default=Path("runs/cycle"))
     p.add_argument("--steps", type=positive_int, help="optimizer steps")
     p.add_argument("--batch-size", type=positive_int, help="images a forward pass")
@@ -166,8 +169,14 @@ def parse(argv):
     given = {name for name, value in vars(args).items() if value != p.get_default(name)}
     if unused := given & set(NOT_FOR[args.objective]):
         p.error(f"--{min(unused).replace('_', '-')} has no effect on --objective {args.objective}")
-    p.set_defaults(**TOY | TOY_RUNS[args.objective] if args.data == "toy" else PAPER)
+    if len(args.data) != len(args.mix):
+        p.error(f"--data names {len(args.data)} sources, --mix {len(args.mix)} weights (quote what has {{..}} or *)")
+    if args.texts and args.data == ["toy"]:
+        p.error("--texts has no effect on --data toy")
+    p.set_defaults(**TOY | TOY_RUNS[args.objective] if args.data == ["toy"] else PAPER)
     args = p.parse_args(argv)
+    if "toy" in args.data and args.resolution != TOY["resolution"]:
+        p.error(f"--data toy has images of --resolution {TOY['resolution']}")
     args.unet = args.unet or ("text2image" if Path(args.model).resolve() == Path(TOY["model"]) else "unet")
     if args.identity_steps is None:                           # a text-to-image UNet does not know yet what its image is for
         args.identity_steps = TOY_RUNS["identity"]["steps"] if (args.objective, args.unet) == ("cycle", "text2image") else 0
@@ -175,15 +184,19 @@ def parse(argv):
     return p, args
 
 
-def open_data(path, split, args):
-    pairs = args.objective == "ip2p"
-    if path == "toy":
-        return ToyWorld(split, 1_000_000 if split == "train" else 64, args.seed, pairs)
-    return Folder(path, args.resolution, args.seed, pairs)
+def open_data(path, split, args, side={}):
+    return open_source(path, split, args.resolution, args.seed, args.objective == "ip2p", side)
 
 
 def run(args):
-    train, validation = open_data(args.data, "train", args), open_data(args.validation or args.data, "validation", args)
+    side = read_texts(args.texts) if args.texts else {}
+    train = Mix([open_data(path, "train", args, side) for path in args.data], args.mix)
+    if args.validation:
+        validation = open_data(args.validation, "validation", args, side)
+    else:
+        validation = Mix([open_data(path, "validation", args, side) for path in args.data], args.mix)
+        if any(isinstance(source, (Folder, Shards)) for source in validation.sources):
+            print("validation on the training data itself, which has no split of its own: --validation names other data")
     model = EditModel.from_pretrained(args.model, args.device, unet=args.unet)
     scorer = ClipScorer.from_pretrained(args.clip, args.device) if args.objective == "cycle" else None
     args.output.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import evaluate
 import toy
 import train
 from losses import ClipScorer, attention_loss
-from pictures import save_png
+from pictures import save_png, to_pil
 from uip2p import EditModel
 
 TOY = Path(__file__).resolve().parent.parent / "models/toy"
@@ -214,6 +215,57 @@ def test_a_folder_trains_the_cycle_without_edited_images(tmp_path, monkeypatch):
     assert sorted(seen[0] + seen[1]) == sorted(toy.edit("train", i).instruction for i in range(4))  # an epoch in two steps
 
 
+def other_data(kind, path):
+    """The arguments for ten pairs of the toy world as other sources: two shards and a side file, InstructPix2Pix's tree, a mix."""
+    path.mkdir()
+    edits, flags = [toy.edit("train", i) for i in range(10)], ["--texts", path / "side.jsonl"]
+    if kind == "mix":
+        return ["--data", folder(path / "folder"), *other_data("shards", path / "shards")[1:], "--mix", 1, 2]
+    rows = [{"key": f"{i:09}", "instruction": e.instruction, "edited_caption": e.edited.caption,
+             "reverse_instruction": e.reverse_instruction} for i, e in enumerate(edits)]
+    (path / "side.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if kind == "shards":
+        for i, edit in enumerate(edits):
+            save_png(toy.render([edit.scene])[0], path / "image.png")
+            (path / "caption.txt").write_text(edit.scene.caption)
+            with tarfile.open(path / f"{i // 5:05}.tar", "a") as tar:
+                tar.add(path / "caption.txt", f"{i:09}.txt")
+                tar.add(path / "image.png", f"{i:09}.png")
+        return ["--data", path / "{00000..00001}.tar", *flags]
+    for i, edit in enumerate(edits):
+        (path / f"{i:09}").mkdir()
+        for k, scene in enumerate((edit.scene, edit.edited)):
+            to_pil(toy.render([scene])[0]).save(path / f"{i:09}/7_{k}.jpg")
+        prompt = {"caption": edit.scene.caption, "edit": edit.instruction, "output": edit.edited.caption}
+        (path / f"{i:09}/prompt.json").write_text(json.dumps(prompt))
+    (path / "seeds.json").write_text(json.dumps([[f"{i:09}", [7]] for i in range(10)]))
+    return ["--data", path, "--validation", folder(path / "validation"), *flags]
+
+
+@pytest.mark.parametrize("kind", ["shards", "tree", "mix"])
+def test_the_cycle_trains_ten_steps_from_other_data(tmp_path, capsys, kind):
+    path = run(tmp_path / "run", 10, *TOY_MODEL, *other_data(kind, tmp_path / "data"), "--save-every", 10)
+    assert len(log(path)) == 10 and list(log(path)[0]) == ["step", "images", *LOSSES["cycle"]]
+    assert ("validation on the training data itself" in capsys.readouterr().out) == (kind != "tree")
+
+
+def test_the_baseline_trains_ten_steps_from_the_data_of_instruct_pix2pix(tmp_path):
+    flags = other_data("tree", tmp_path / "data")[:-2]        # without the side file
+    path = run(tmp_path / "run", 10, "--objective", "ip2p", *TOY_UNET, *flags, "--save-every", 10)
+    assert len(log(path)) == 10 and (path / "step-000010.png").is_file()
+
+
+@pytest.mark.parametrize("kind", ["shards", "tree", "mix"])
+def test_a_run_that_was_stopped_in_the_middle_of_a_shard_sees_what_it_would_have_seen(tmp_path, gradients, kind):
+    samples, flags = gradients[0], [*TOY_UNET, *other_data(kind, tmp_path / "data"), "--objective", "identity"]
+    run(tmp_path / "whole", 10, *flags)
+    whole = samples[:]
+    samples.clear()
+    run(tmp_path / "stopped", 3, *flags, "--workers", 2)
+    run(tmp_path / "stopped", 10, *flags)
+    assert samples == whole and len({i for batch in whole for i in batch}) > 7
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flag, value", [("--lr", "1e-3"), ("--seed", "1"), ("--start", "noise"), ("--objective", "identity")])
@@ -234,7 +286,9 @@ def test_other_settings_do_not_enter_the_same_folder(whole, capsys, flag, value)
     (["--model", "no-such-directory"], "no-such-directory"), (["--model", "./no/such"], "no/such"),
     (["--unet", "no-such-unet"], "no-such-unet"), (["--clip", "/no/such/clip"], "/no/such/clip"),
     ([*TOY_MODEL, "--data", "no-such-data"], "no-such-data"),
-    (["--validation", "no-such-data"], "no-such-data"),
+    (["--validation", "no-such-data"], "no-such-data"), (["--data", "no-such-data.tar"], "no-such-data.tar"),
+    (["--data", "a.tar", "b.tar"], "--mix 1 weights (quote"), (["--mix", "1", "2"], "--mix 2 weights"), (["--texts", "a"], "--texts"),
+    (["--data", "a", "--texts", "no-such-texts"], "no-such-texts"), (["--resolution", "64"], "--resolution 32"),
 ])
 def test_bad_arguments_are_refused_in_one_line_and_leave_nothing(tmp_path, capsys, argv, says):
     assert says in refuse(capsys, "--output", tmp_path / "run", *argv)
@@ -249,9 +303,10 @@ def test_a_bad_line_of_the_listing_is_named(tmp_path, capsys, objective, key):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_image_of_the_listing_is_named(tmp_path, capsys):
+def test_a_missing_image_of_the_listing_is_named(tmp_path, capsys, gradients):
     data = folder(tmp_path / "data", image="elsewhere.png")
-    assert "elsewhere.png" in refuse(capsys, *TOY_MODEL, "--batch-size", 4, "--data", data, "--output", tmp_path / "run", "--steps", 1)
+    message = refuse(capsys, *FAST, *TOY_UNET, "--objective", "identity", "--data", data, "--output", tmp_path / "run", "--steps", 50)
+    assert "samples are broken; the last is" in message and "line 3: " in message and "elsewhere.png" in message
 
 
 def test_a_damaged_state_is_refused_in_one_line(tmp_path, capsys):
