@@ -201,8 +201,9 @@ def run(args):
     scorer = ClipScorer.from_pretrained(args.clip, args.device) if args.objective == "cycle" else None
     args.output.mkdir(parents=True, exist_ok=True)
     if args.identity_steps:
-        shared = [f"--{k}={getattr(args, k)}" for k in ("model", "unet", "data", "resolution", "seed", "device", "precision")]
-        _, first = parse([*shared, "--objective=identity", f"--steps={args.identity_steps}", f"--output={args.output / 'identity'}"])
+        first = copy.copy(args)
+        vars(first).update(TOY_RUNS["identity"] if args.data == ["toy"] else {}, objective="identity", identity_steps=0,
+                           steps=args.identity_steps, output=args.output / "identity")
         run(first)
         model = EditModel.from_pretrained(first.output / "model", args.device)
     unet = model.unet.requires_grad_(True).train()
