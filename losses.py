@@ -11,7 +11,6 @@ from attention import token_maps
 
 WEIGHTS = {"clip": 1.0, "attn": 0.5, "sim": 1.0, "recon": 1.0}       # of L_CEC: the paper's
 
-NORM, MAPS = "root", "all"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -70,8 +69,7 @@ def view(images, generator=None):
 def norm(x):
     """||x||_2 of each sample, divided by the root of its number of values, so that no weight depends on the resolution
     (the paper does not say; the mean square is not measured).  (B, ...) -> (B,)."""
-    square = x.flatten(1).float().square().mean(1)
-    return square if NORM == "square" else (square + 1e-8).sqrt()
+    return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
 
 
 def clip_direction_loss(E_input, E_edit, E_caption, E_edited_caption):
@@ -106,10 +104,6 @@ def cycle_losses(scorer, images, captions, edited_captions, cycle, forward_token
     images (B, 3, H, W); captions and edited_captions: lists of B strings; cycle: uip2p.Cycle
     forward_tokens, reverse_tokens: (B, L), the content tokens of the two instructions
     views: of how many random views CLIP's losses are the mean; 0 for the images as they are"""
-    if MAPS != "all":
-        for maps in (cycle.forward_maps, cycle.reverse_maps):
-            size = (max if MAPS == "fine" else min)(m.shape[2] for m in maps)
-            maps[:] = [m for m in maps if m.shape[2] == size]
     E_input, E_edit, E_recon = scorer.embed_views((images, cycle.edited, cycle.reconstructed), views, generator)
     E_caption, E_edited_caption = (E.repeat(max(views, 1), 1) for E in scorer.embed_texts(captions + edited_captions).chunk(2))
     losses = {

@@ -21,8 +21,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import losses as loss_module
-import uip2p
 from cli import Parser, device, non_negative_float, number, positive_int, quiet_transformers, replace_file, seed_int
 from data import Folder, Mix, Shards, batches, open_source, read_texts
 from losses import WEIGHTS, ClipScorer, cycle_losses
@@ -160,9 +158,6 @@ def parse(argv):
     p.add_argument("--sharp", type=number(int, 0, 999), default=0, help="steps of a sampled edit that stands for the one-step estimate")
     p.add_argument("--views", type=number(int, 0, 64), help="random views of an image that CLIP judges; 0 for the image as it is")
     p.add_argument("--identity-steps", type=number(int, 0), help="first, steps of --objective identity (default: 800 from text2image)")
-    p.add_argument("--norm", choices=("root", "square"), default="root")
-    p.add_argument("--maps", choices=("all", "fine", "coarse"), default="all")
-    p.add_argument("--clamp", type=float, default=4)
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
@@ -194,7 +189,6 @@ def open_data(path, split, args, side={}):
 
 
 def run(args):
-    loss_module.NORM, loss_module.MAPS, uip2p.CLAMP = args.norm, args.maps, args.clamp
     side = read_texts(args.texts) if args.texts else {}
     train = Mix([open_data(path, "train", args, side) for path in args.data], args.mix)
     if args.validation:

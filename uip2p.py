@@ -22,7 +22,6 @@ from attention import edit_region
 from unet import UNet
 from vae import VAE, modern_names
 
-CLAMP = 4.
 STOP_WORDS = set("a an the this that it its his her their and or of to in on at by for from with into as is are be".split())
 DEFAULTS = "steps", "text_guidance", "image_guidance", "resolution"   # what a model may recommend for its edits
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -312,7 +311,7 @@ class Cycle:
 def one_step(model, z_t, t, image_latents, context, maps=None):
     """A single noise prediction and the clean latents it means: the paper's edit (B, 4, h, w), differentiable."""
     eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, context, maps)
-    z_0 = model.remove_noise(z_t, eps, t).clamp(-CLAMP, CLAMP)        # the paper does not say; a few clean latents lie beyond
+    z_0 = model.remove_noise(z_t, eps, t).clamp(-4, 4)        # the paper does not say; a few clean latents lie beyond
     # at large t the estimate multiplies an error of eps by up to 14, and would its gradient: that is divided out again
     abar = model.alphas_cumprod[t][:, None, None, None]
     return torch.lerp(z_0.detach(), z_0, (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0))
