@@ -253,6 +253,15 @@ class InstructPix2Pix(Source):
         return rng.choice(edits), [load_image(path / f"{seed}_{i}.jpg") for i in range(1 + self.pairs)]
 
 
+def expand(pattern):
+    """The paths that a pattern like cc3m/*.tar, or a range like cc3m/{00000..00331}.tar, stands for; a plain path itself."""
+    patterns = [pattern]
+    if braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        numbers = range(int(braces[1]), int(braces[2]) + 1)
+        patterns = [pattern.replace(braces[0], str(n).zfill(len(braces[1]))) for n in numbers]
+    return [path for p in patterns for path in sorted(glob(p)) or [p]]
+
+
 class Shards(Source):
     """Tar files named by a path, a pattern, or a range {00000..00331}; with a side file, those of the samples that it names.
 
@@ -262,11 +271,7 @@ class Shards(Source):
     def __init__(self, pattern, resolution, seed=0, pairs=False, side={}):
         if pairs:
             raise ValueError(f"{pattern}: shards have no edited images, which the supervised baseline needs")
-        braces, patterns = re.search(r"\{(\d+)\.\.(\d+)\}", pattern), [pattern]
-        if braces:
-            numbers = range(int(braces[1]), int(braces[2]) + 1)
-            patterns = [pattern.replace(braces[0], str(n).zfill(len(braces[1]))) for n in numbers]
-        super().__init__([s for p in patterns for s in sorted(glob(p)) or [p]], resolution, seed, pairs)
+        super().__init__(expand(pattern), resolution, seed, pairs)
         self.pattern, self.side = pattern, side
         if missing := [shard for shard in self.items if not Path(shard).is_file()]:
             raise ValueError(f"{missing[0]}: there is no such shard")

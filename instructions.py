@@ -16,7 +16,6 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from glob import glob
 from itertools import count, groupby, islice
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import Parser, device, non_negative_float, positive_int, quiet_transformers, replace_file, seed_int
-from data import TEXTS
+from data import LARGEST, TEXTS, expand
 
 PROMPT = Path(__file__).resolve().parent / "docs/instructions_prompt.txt"
 TRIES, RETRY_TEMPERATURE = 4, .7                              # greedy decoding would only repeat a rejected answer
@@ -53,13 +52,7 @@ GENERIC = set("""a an the this that these those it its he him his she her they t
 
 def find_files(patterns):
     """The paths of --input: names, patterns like cc3m/*.tar, ranges like cc3m/{00000..00331}.tar."""
-    paths = []
-    for pattern in patterns:
-        if found := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
-            first, last = found.groups()
-            paths += [Path(pattern.replace(found[0], f"{n:0{len(first)}}")) for n in range(int(first), int(last) + 1)]
-        else:
-            paths += map(Path, sorted(glob(pattern)) or [pattern])
+    paths = [Path(path) for pattern in patterns for path in expand(pattern)]
     for path in paths:
         if path.suffix not in (".txt", ".jsonl", ".tar") or not path.is_file():
             raise ValueError(f"--input {path}: there is no such .txt, .jsonl or .tar file")
@@ -79,7 +72,7 @@ def read_rows(path):
         with tarfile.open(path) as tar:
             files = (member for member in tar if member.isfile())
             for key, members in groupby(files, lambda member: re.sub(r"\.[^/]*$", "", member.name)):
-                texts = {m.name[len(key):]: tar.extractfile(m).read() for m in members
+                texts = {m.name[len(key):]: tar.extractfile(m).read(LARGEST) for m in members
                          if m.name[len(key):] in (".txt", ".json")}
                 caption = texts[".txt"].decode() if ".txt" in texts else read_object(texts.get(".json", "{}")).get("caption")
                 yield {"key": key, "caption": caption}
