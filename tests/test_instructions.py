@@ -314,7 +314,8 @@ def test_the_output_is_a_data_set(knowing, tmp_path):
         save_png(torch.zeros(3, 16, 16), tmp_path / name)
     source = write(tmp_path / "captions.jsonl", *[{"image": name, "text": caption} for name, caption in zip(names, KNOWN)])
     run(knowing, source, tmp_path / "metadata.jsonl")
-    batch = Folder(tmp_path, 16).__getitems__([0, 1])
+    source = Folder(tmp_path, 16)
+    batch, _ = source.__getitems__([(0, item) for item in source.items])
     texts = batch.captions, batch.instructions, batch.edited_captions, batch.reverse_instructions
     assert [dict(zip(TEXTS, edit)) for edit in zip(*texts)] == ACCEPTED
 
