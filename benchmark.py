@@ -26,7 +26,7 @@ def random_model(where, dtype):
         parts = UNet(SD15), VAE(SD15_VAE), CLIPTextModel(CLIPTextConfig(
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408))
     return EditModel(*(part.to(dtype).requires_grad_(False).eval() for part in parts),
-                     CLIPTokenizer.from_pretrained(TOKENIZER), {"steps_offset": 1})
+                     CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77), {"steps_offset": 1})
 
 
 def main():
