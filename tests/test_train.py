@@ -24,7 +24,8 @@ TOY_UNET = ["--model", str(TOY), "--unet", "text2image", "--resolution", "32"]  
 TOY_MODEL = [*TOY_UNET, "--clip", str(TOY / "clip")]
 FAST = ["--batch-size", "2", "--log-every", "1", "--save-every", "2"]
 LOSSES = {"cycle": ["clip", "sim", "attn", "recon", "cec", "denoise", "loss"], "identity": ["denoise", "loss"], "ip2p": ["loss"]}
-train.TOY_RUNS["identity"] |= dict(steps=2, batch_size=4)       # which the cycle from text-to-image begins with
+train.TOY_RUNS["identity"]["batch_size"] = 4                      # with which the cycle from text-to-image begins
+train.FROM_TEXT2IMAGE["identity_steps"] = 2
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
