@@ -110,7 +110,7 @@ def run(args):
                 through = model.decode(model.encode(truth)).clamp(-1, 1)
             report("true edit through the VAE", "", through)
             if args.ascent:
-                for views in (0, 2, 8):
+                for views in (0, 2):
                     report(f"CLIP ascent on the latents, {views} views", "", ascend(model, scorer, edits, images, views))
         for steps in args.steps:
             for s_T, s_I in args.scales:

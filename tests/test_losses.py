@@ -300,3 +300,22 @@ def test_L_CEC_joins_the_right_inputs_with_the_papers_weights(scorer):
     weighted = cycle_losses(scorer, images, CAPTIONS, EDITED, Cycle(edited, reconstructed, forward, reverse), tokens_f, tokens_r,
                             {"clip": 2, "attn": 3, "sim": 5, "recon": 0})
     assert weighted["cec"].item() == pytest.approx(2 * by_hand["clip"] + 3 * by_hand["attn"] + 5 * by_hand["sim"], rel=1e-3)
+
+
+def test_clip_judges_views_of_all_images_alike(scorer, monkeypatch):
+    """With views, L_CLIP and L_sim are means over them; all images are shifted together, each with its own noise."""
+    images, edited, reconstructed = torch.rand(3, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    maps, tokens = [torch.ones(2, 1, 4, 4, 1)], torch.ones(2, 1)
+    def clip_losses(images, edited, reconstructed, **views):
+        out = cycle_losses(scorer, images, CAPTIONS, EDITED, Cycle(edited, reconstructed, maps, maps), tokens, tokens, **views)
+        return [out[name].item() for name in ("clip", "sim")]
+    generator = torch.Generator().manual_seed(1)
+    shown = [losses.view(torch.cat([images, edited, reconstructed]), generator).chunk(3) for _ in range(2)]
+    expected = [sum(values) / 2 for values in zip(*[clip_losses(*view) for view in shown])]
+    assert clip_losses(images, edited, reconstructed, views=2, generator=torch.Generator().manual_seed(1)) == pytest.approx(expected)
+
+    monkeypatch.setattr(torch, "randn", lambda shape, generator: torch.zeros(shape))
+    ramp = torch.arange(32.).expand(2, 3, 32, 32)
+    views = [losses.view(ramp, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    shifts = {(view[0, 0, 0, 16] - 16).item() for view in views}
+    assert all(torch.equal(view[0], view[1]) for view in views) and shifts <= set(range(-8, 9)) and len(shifts) > 5

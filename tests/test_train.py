@@ -474,6 +474,14 @@ def test_an_object_may_be_added_at_any_free_place(scorer):
     assert judged(removals, [e.scene for e in removals], scorer)["right"].max() == 0
 
 
+@pytest.mark.parametrize("views", [0, 2])
+def test_the_ascent_climbs_clip_from_the_input(model, scorer, views):
+    edits = [toy.edit("validation", i) for i in range(8)]
+    images = toy.render([e.scene for e in edits])
+    outputs = evaluate.ascend(model, scorer, edits, images, views, steps=15)
+    assert evaluate.judge(edits, images, outputs, scorer)["direction"].mean() > .3
+
+
 def test_the_table_of_a_few_scenes(whole, capsys):
     evaluate.main(["--models", str(whole[0] / "model"), "--scenes", "5", "--steps", "1", "2", "--scales", "1.5:1.2", "3:1.5", "--kinds"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
