@@ -35,7 +35,7 @@ TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), r
            views=2)
 TOY_RUNS = {"cycle": dict(batch_size=16, steps=600, lr=1e-4), "ip2p": dict(batch_size=64, steps=2000, lr=1e-3),
             "identity": dict(batch_size=64, steps=800, lr=1e-3)}
-FROM_TEXT2IMAGE = dict(identity_steps=800, lr=2e-4, t_min=500)  # a UNet that does not know yet what its image is for
+FROM_TEXT2IMAGE = dict(identity_steps=500, lr=2e-4, t_min=500)  # a UNet that does not know yet what its image is for
 CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views", "identity_steps")
 NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise")}
 
@@ -158,7 +158,7 @@ def parse(argv):
     p.add_argument("--reencode", action="store_true", help="the reverse edit sees E(D(z_edit)) instead of z_edit")
     p.add_argument("--sharp", type=number(int, 0, 999), default=0, help="steps of a sampled edit that stands for the one-step estimate")
     p.add_argument("--views", type=number(int, 0, 64), help="random views of an image that CLIP judges; 0 for the image as it is")
-    p.add_argument("--identity-steps", type=number(int, 0), default=0, help="first, so many of --objective identity (800 from text2image)")
+    p.add_argument("--identity-steps", type=number(int, 0), default=0, help="first, so many of --objective identity (500 from text2image)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
