@@ -33,7 +33,7 @@ PAPER = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", clip="openai/c
              batch_size=8, steps=11_000, lr=5e-5, weights=list(WEIGHTS.values()), t_min=0, views=0)
 TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), resolution=32, weights=[3., .2, 2., .5], t_min=400,
            views=2)
-TOY_RUNS = {"cycle": dict(batch_size=16, steps=600, lr=1e-4), "ip2p": dict(batch_size=64, steps=2000, lr=1e-3),
+TOY_RUNS = {"cycle": dict(batch_size=16, steps=500, lr=1e-4), "ip2p": dict(batch_size=64, steps=2000, lr=1e-3),
             "identity": dict(batch_size=64, steps=800, lr=1e-3)}
 FROM_TEXT2IMAGE = dict(identity_steps=500, lr=2e-4, t_min=500)  # a UNet that does not know yet what its image is for
 CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views", "identity_steps")
