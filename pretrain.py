@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 import toy
 from cli import Parser, number, positive_int, replace_file
 from losses import CLIP_MEAN, CLIP_STD, ClipScorer
-from uip2p import EditModel, update_average
+from uip2p import EditModel, noise_error, update_average
 from unet import UNet
 from vae import VAE
 
@@ -188,10 +188,7 @@ def pretrain_text2image(path, steps, precision):
         z_0 = latents[rows]
         noise, t = torch.randn_like(z_0), torch.randint(1000, (len(z_0),))
         update_average(ema, unet, step)
-        abar = model.alphas_cumprod[t]
-        weight = ((1 - abar) / abar).clamp(max=5)
-        eps = unet(model.add_noise(z_0, noise, t), t, context)
-        return (weight * (eps.float() - noise).square().mean((1, 2, 3))).mean()
+        return noise_error(model, unet(model.add_noise(z_0, noise, t), t, context), noise, t)
 
     train(unet, loss_of, steps, 1e-3, precision, "text2image")
     save_part(ema, path / "text2image", TEXT2IMAGE)

@@ -25,7 +25,7 @@ from cli import Parser, device, non_negative_float, number, positive_int, quiet_
 from data import Folder, Mix, Shards, batches, open_source, read_texts
 from losses import WEIGHTS, ClipScorer, cycle_losses
 from pictures import curves, grid, overlay, save_png
-from uip2p import EditModel, cycle, edit_map, update_average
+from uip2p import EditModel, cycle, edit_map, noise_error, update_average
 
 HERE = Path(__file__).resolve().parent
 # what the paper says, but for the batch; and what was measured to suit a model a thousand times smaller, in ten minutes
@@ -49,7 +49,7 @@ def denoising_loss(model, images, targets, texts, r, generator):
     """||eps - eps_theta(z_t, t, E(c_I), c_T)||^2 of InstructPix2Pix, towards the targets (B, 3, H, W).
 
     r (B,) in [0, 1) is its conditioning dropout: below .05 no text, to .10 neither, to .15 no image, above that both.
-    A departure: InstructPix2Pix weighs all t alike; here the weight is 1 / SNR, at most 5, an error of z_0 instead of eps."""
+    Its weight is `noise_error`'s."""
     with torch.no_grad():
         mean, logvar = model.vae.moments(targets)
         sample = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(mean)
@@ -60,9 +60,7 @@ def denoising_loss(model, images, targets, texts, r, generator):
     noise = torch.randn(z_0.shape, generator=generator).to(z_0)
     t = torch.randint(1000, (len(z_0),), generator=generator).to(z_0.device)
     eps = model.unet(torch.cat([model.add_noise(z_0, noise, t), image_latents], dim=1), t, context)
-    abar = model.alphas_cumprod[t]
-    weight = ((1 - abar) / abar).clamp(max=5)
-    return (weight * (eps.float() - noise.float()).square().mean((1, 2, 3))).mean()
+    return noise_error(model, eps, noise, t)
 
 
 def round_trip_losses(model, scorer, batch, args, generator):
