@@ -68,7 +68,7 @@ def view(images, generator=None):
 
 def norm(x):
     """||x||_2 of each sample, divided by the root of its number of values, so that no weight depends on the resolution
-    (the paper does not say; the mean square is not measured).  (B, ...) -> (B,)."""
+    (the paper does not say; the README's table has the mean square).  (B, ...) -> (B,)."""
     return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
 
 

@@ -168,8 +168,8 @@ def pretrain_vae(path, steps, precision):
 
 def pretrain_text2image(path, steps, precision):
     """Denoising with the caption as condition, a tenth of the captions dropped for guidance; kept is the moving average.
-    The latents of the scenes are computed once: the VAE takes as long for a batch as a step of the UNet."""
-    unet = UNet(TEXT2IMAGE).to(memory_format=torch.channels_last)                         # faster on the CPU too
+    The latents of the scenes are computed once, before."""
+    unet = UNet(TEXT2IMAGE).to(memory_format=torch.channels_last)
     write_json(path / "scheduler/scheduler_config.json", SCHEDULER)
     save_part(unet, path / "text2image", TEXT2IMAGE)
     model = EditModel.from_pretrained(path, unet="text2image")

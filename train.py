@@ -202,11 +202,11 @@ def run(args):
     scorer = ClipScorer.from_pretrained(args.clip, args.device) if args.objective == "cycle" else None
     args.output.mkdir(parents=True, exist_ok=True)
     if args.identity_steps:
-        first = copy.copy(args)
-        vars(first).update(TOY_RUNS["identity"] if args.data == ["toy"] else {}, objective="identity", identity_steps=0,
-                           steps=args.identity_steps, output=args.output / "identity")
-        run(first)
-        model = EditModel.from_pretrained(first.output / "model", args.device)
+        identity = copy.copy(args)
+        vars(identity).update(TOY_RUNS["identity"] if args.data == ["toy"] else {}, objective="identity", identity_steps=0,
+                              steps=args.identity_steps, output=args.output / "identity")
+        run(identity)
+        model = EditModel.from_pretrained(identity.output / "model", args.device)
     unet = model.unet.requires_grad_(True).train()
     unet.checkpointing = args.checkpointing
     ema = copy.deepcopy(unet).requires_grad_(False).eval()
