@@ -10,7 +10,8 @@ class Attention(nn.Module):
     """Multi-head attention, softmax(q kᵀ / √d) v.
 
     x (B, N, query_dim), context (B, L, context_dim), x itself if None -> output (B, N, query_dim) and,
-    if `capture`, the probabilities (B, heads, N, L) in float32, else None. `bias` is that of q, k and v."""
+    if `capture`, the probabilities (B, heads, N, L) in float32, else None. `bias` is that of q, k and v.
+    `control`, if not None, maps (probabilities, whether they are a text's) to those that are used instead."""
 
     def __init__(self, query_dim, context_dim, heads, bias=False):
         super().__init__()
@@ -22,13 +23,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, query_dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
 
-    def forward(self, x, context=None, capture=False):
-        context = x if context is None else context
+    def forward(self, x, context=None, capture=False, control=None):
+        is_text, context = context is not None, x if context is None else context
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, N or L, d)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         probs = None
-        if capture:  # the fused kernel never forms the probabilities, so they are computed in the open
+        if capture or control:  # the fused kernel never forms the probabilities, so they are computed in the open
             probs = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1, dtype=torch.float32)  # (B, heads, N, L)
+            probs = control(probs, is_text) if control else probs
             out = probs.to(v.dtype) @ v                                           # (B, heads, N, d)
         else:
             out = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, N, d)
@@ -71,9 +73,9 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(dim, context_dim, heads)
         self.ff = FeedForward(dim)
 
-    def forward(self, x, context, capture=False):
-        x = x + self.attn1(self.norm1(x))[0]
-        out, probs = self.attn2(self.norm2(x), context, capture)
+    def forward(self, x, context, capture=False, control=None):
+        x = x + self.attn1(self.norm1(x), control=control)[0]
+        out, probs = self.attn2(self.norm2(x), context, capture, control)
         x = x + out
         return x + self.ff(self.norm3(x)), probs
 
@@ -92,10 +94,10 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x, context, capture=False):
+    def forward(self, x, context, capture=False, control=None):
         size = x.shape[-2:]
         tokens = self.proj_in(self.norm(x)).flatten(2).mT                         # (B, h*w, C)
-        tokens, probs = self.transformer_blocks[0](tokens, context, capture)
+        tokens, probs = self.transformer_blocks[0](tokens, context, capture, control)
         x = x + self.proj_out(tokens.mT.unflatten(2, size))                       # (B, C, h, w)
         return x, probs.unflatten(2, size) if capture else None                   # map (B, heads, h, w, L)
 

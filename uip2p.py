@@ -276,8 +276,9 @@ class EditModel:
         return self.decode(z_0).clamp(-1, 1)
 
     @torch.no_grad()
-    def sample(self, image_latents, instructions, z_t, steps, text_guidance, image_guidance, progress=False):
-        """The loop of `edit`: unscaled latents of the images and noise z_T (B, 4, h, w) -> clean latents z_0 (B, 4, h, w)."""
+    def sample(self, image_latents, instructions, z_t, steps, text_guidance, image_guidance, progress=False, control=None):
+        """The loop of `edit`: unscaled latents of the images and noise z_T (B, 4, h, w) -> clean latents z_0 (B, 4, h, w).
+        control: if not None, a function of the share of the steps that is done -> the UNet's `control` in the next."""
         text, no_text = self.encode_text(instructions), self.encode_text([""]).expand(len(z_t), -1, -1)
         no_image = torch.zeros_like(image_latents)
         # e(0,0) + s_I (e(I,0) - e(0,0)) + s_T (e(I,T) - e(I,0)), as one weight for each of the three branches
@@ -289,10 +290,10 @@ class EditModel:
         context = torch.cat([text for _, _, text in branches])                            # (n*B, L, D)
         timesteps = self.ddim_timesteps(steps)
         stride = len(self.alphas_cumprod) // steps
-        for step in tqdm(timesteps, "denoising", disable=not progress):
+        for i, step in enumerate(tqdm(timesteps, "denoising", disable=not progress)):
             x = torch.cat([z_t.repeat(len(branches), 1, 1, 1), conditions], dim=1)        # (n*B, 8, h, w)
             t = torch.full((len(x),), step, device=self.device)
-            eps = self.unet(x, t, context)                                                # (n*B, 4, h, w)
+            eps = self.unet(x, t, context, control=control and control(i / steps))        # (n*B, 4, h, w)
             eps = sum(w * e for w, e in zip(weights, eps.chunk(len(branches))))           # (B, 4, h, w)
             z_0 = self.remove_noise(z_t, eps, t[:len(z_t)])
             z_t = self.add_noise(z_0, eps, (t[:len(z_t)] - stride).clamp(min=0))

@@ -201,7 +201,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, width, c["norm_eps"])
         self.conv_out = nn.Conv2d(width, c["out_channels"], 3, padding=1)
 
-    def forward(self, x, t, context, maps=None):
+    def forward(self, x, t, context, maps=None, control=None):
         """Predicts the noise.
 
         x: (B, 8, h, w), the noisy latents, then the image latents; h and w multiples of 2^(levels - 1)
@@ -209,6 +209,7 @@ class UNet(nn.Module):
         context: (B, L, D), the text encoder's last hidden state; L is 77
         maps: a list, to which every cross-attention layer's map (B, heads, h', w', L) is appended, in the order
             down, middle, up; they carry gradients. None: not computed, and faster.
+        control: if not None, what changes the probabilities of every attention layer; see attention.Attention
         Returns eps (B, 4, h, w)."""
         check_size("latents", x, len(self.down_blocks))
         temb = F.silu(self.time_embedding(t))  # every residual block begins with this SiLU: once is enough
@@ -217,29 +218,29 @@ class UNet(nn.Module):
         skips = [x]
         for block in self.down_blocks:
             for resnet, attention in block.layers():
-                x = self.layer(resnet, attention, x, temb, context, maps)         # (B, C, h', w')
+                x = self.layer(resnet, attention, x, temb, context, maps, control) # (B, C, h', w')
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)                                                 # (B, C, h'/2, w'/2)
                 skips.append(x)
 
         for resnet, attention in self.mid_block.layers():
-            x = self.layer(resnet, attention, x, temb, context, maps)
+            x = self.layer(resnet, attention, x, temb, context, maps, control)
 
         for block in self.up_blocks:
             for resnet, attention in block.layers():
                 x = torch.cat([x, skips.pop()], dim=1)                            # (B, C + skip's, h', w')
-                x = self.layer(resnet, attention, x, temb, context, maps)         # (B, C, h', w')
+                x = self.layer(resnet, attention, x, temb, context, maps, control) # (B, C, h', w')
             for upsample in block.upsamplers:
                 x = upsample(x)                                                   # (B, C, 2h', 2w')
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))                       # (B, 4, h, w)
 
-    def layer(self, resnet, attention, x, temb, context, maps):
+    def layer(self, resnet, attention, x, temb, context, maps, control):
         """A residual block and, if not None, the attention after it, whose map goes to `maps`, if not None."""
         x = self.run(resnet, x, temb)
         if attention is not None:
-            x, attention_map = self.run(attention, x, context, maps is not None)
+            x, attention_map = self.run(attention, x, context, maps is not None, control)
             if maps is not None:  # appended here, outside the recomputed part, which runs twice
                 maps.append(attention_map)
         return x
