@@ -133,11 +133,11 @@ def make(args):
         elif json.loads((folder / "prompt.json").read_text()) != prompt(edit):
             raise ValueError(f"{folder} holds another edit than --input: choose another --output, or remove it")
 
-    group = -(-args.batch_size // args.samples)               # edits at once
-    for first in tqdm(range(0, len(todo), group), "pairs", unit_scale=group):
-        jobs = [(folder, edit, seed) for folder, edit in todo[first:first + group]
+    progress, together = tqdm(total=len(todo), desc="edits"), -(-args.batch_size // args.samples)
+    while group := todo[progress.n:progress.n + together]:
+        jobs = [(folder, edit, seed) for folder, edit in group
                 for seed in random.Random(f"{args.seed} {folder.name}").sample(range(2 ** 32), args.samples)]
-        found = {folder: [] for folder, _ in todo[first:first + group]}
+        found = {folder: [] for folder, _ in group}
         for n in range(0, len(jobs), args.batch_size):
             batch = jobs[n:n + args.batch_size]
             generators = [torch.Generator().manual_seed(seed) for _, _, seed in batch]
@@ -157,9 +157,9 @@ def make(args):
                            "clip_sim_0": score["caption"], "clip_sim_1": score["edited_caption"],
                            "clip_sim_dir": score["direction"], "clip_sim_image": score["image"]}
                     found[folder].append((row, [image[b] for image in images]))
-        for folder, edit in todo[first:first + group]:
-            best = sorted(found[folder], key=lambda pair: -pair[0]["clip_sim_dir"])[:KEPT]
-            write_pairs(folder, edit, best)
+        for folder, edit in group:
+            write_pairs(folder, edit, sorted(found[folder], key=lambda pair: -pair[0]["clip_sim_dir"])[:KEPT])
+        progress.update(len(group))
 
     seeds = [[f"{i:07d}", [json.loads(line)["seed"] for line in open(args.output / f"{i:07d}" / "metadata.jsonl")]]
              for i in range(len(edits))]

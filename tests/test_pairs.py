@@ -1,0 +1,146 @@
+"""Prompt-to-Prompt, the files that hold its pairs, and the measure of how much they change outside of the edit."""
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import pairs
+import toy
+from attention import Attention
+from data import InstructPix2Pix
+from pairs import alignment, change_outside, fit, placed, prompt_to_prompt
+from uip2p import EditModel
+
+
+@pytest.fixture(scope="module")
+def toy_model():
+    return EditModel.from_pretrained("models/toy", unet="text2image")
+
+
+def words(text):
+    return text.split() + ["."] * (6 - len(text.split()))
+
+
+@pytest.mark.parametrize("edited, expected", [
+    ("a red cat here", {(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5)}),
+    ("a blue dog here", {(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5)}),       # replaced one for one
+    ("a cat here", {(0, 0), (2, 1), (3, 2), (4, 3), (5, 4)}),                    # one word fewer, one more padding
+    ("a big red cat here", {(0, 0), (1, 2), (2, 3), (3, 4), (4, 5)})])
+def test_words_go_on_from_the_same_word_or_the_one_they_replace(edited, expected):
+    matrix = alignment(words("a red cat here"), words(edited))
+    assert {tuple(place) for place in matrix.nonzero().tolist()} == expected
+
+
+def test_a_control_replaces_the_probabilities_of_both_kinds_of_attention():
+    torch.manual_seed(0)
+    x, context, asked = torch.randn(2, 5, 8), torch.randn(2, 3, 6), []
+    def control(probs, is_text):
+        asked.append(is_text)
+        return probs[:1].expand_as(probs)
+    for layer, given in ((Attention(8, 6, 2), context), (Attention(8, 8, 2), None)):
+        _, probs = layer(x, given, capture=True)
+        out, used = layer(x, given, capture=True, control=control)
+        assert torch.equal(used, probs[:1].expand_as(probs))
+        values = layer.to_v(x if given is None else given).unflatten(-1, (2, 4)).transpose(1, 2)
+        torch.testing.assert_close(out, layer.to_out[0]((probs[:1] @ values).transpose(1, 2).flatten(2)))
+        torch.testing.assert_close(layer(x, given, control=control)[0], out)
+    assert asked == [True, True, False, False]
+
+
+CAPTIONS = ["a red circle on a white background", "a blue cross and a red square on a teal background"]
+EDITED = ["a green circle on a white background", "a blue cross on a teal background"]
+
+
+def sampled(model, captions, noise):
+    with torch.no_grad():
+        return model.decode(model.sample(torch.zeros_like(noise), captions, noise, 5, 3., 1.)).clamp(-1, 1)
+
+
+def test_without_shared_steps_both_images_are_what_their_captions_give(toy_model):
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    image, edited = prompt_to_prompt(toy_model, CAPTIONS, EDITED, torch.zeros(2), noise, 5, 3.)
+    torch.testing.assert_close(image, sampled(toy_model, CAPTIONS, noise), atol=1e-4, rtol=0)
+    torch.testing.assert_close(edited, sampled(toy_model, EDITED, noise), atol=1e-4, rtol=0)
+
+
+def test_sharing_attention_changes_only_the_edited_image_and_brings_it_nearer(toy_model):
+    edits = [e for e in (toy.edit("validation", i) for i in range(60)) if e.kind == "shape"]
+    texts = [e.scene.caption for e in edits], [e.edited.caption for e in edits]
+    noise = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    apart = prompt_to_prompt(toy_model, *texts, torch.zeros(12), noise, 5, 3.)
+    shares = torch.ones(12).index_fill(0, torch.tensor([0]), 0)                            # each pair has one of its own
+    image, edited = prompt_to_prompt(toy_model, *texts, shares, noise, 5, 3.)
+    torch.testing.assert_close(image, apart[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(edited[0], apart[1][0], atol=1e-4, rtol=0)
+    assert (edited - image)[1:].abs().mean() < .9 * (apart[1] - apart[0])[1:].abs().mean()
+
+
+def make(path, *options):
+    pairs.main(["--output", str(path), "--edits", "3", "--samples", "6", "--steps", "4", *options])
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_pairs_are_written_as_instruct_pix2pix_has_them_and_resumed(tmp_path):
+    files = make(tmp_path / "pairs", "--thresholds", "0", ".6", "0", ".5")
+    least = dict(clip_sim_image=0, clip_sim_dir=.6, clip_sim_0=0, clip_sim_1=.5)
+    listing = json.loads(files["seeds.json"])
+    for name, seeds in listing:
+        edit = toy.edit("train", int(name))
+        assert json.loads(files[f"{name}/prompt.json"]) == {
+            "caption": edit.scene.caption, "edit": edit.instruction, "output": edit.edited.caption}
+        rows = [json.loads(line) for line in files[f"{name}/metadata.jsonl"].splitlines()]
+        assert [row["seed"] for row in rows] == seeds and 0 < len(seeds) <= 4
+        directions = [row["clip_sim_dir"] for row in rows]
+        assert directions == sorted(directions, reverse=True) and all(.1 <= row["p2p_threshold"] <= .9 for row in rows)
+        assert all(row[key] >= value for row in rows for key, value in least.items())
+        assert {f"{name}/{seed}_{i}.jpg" for seed in seeds for i in (0, 1)} < set(files)
+    source = InstructPix2Pix(tmp_path / "pairs", "train", 32, pairs=True)
+    batch, errors = source.__getitems__([(0, source.items[0])])
+    assert not errors and batch.instructions == [toy.edit("train", int(listing[0][0])).instruction]
+
+    for file in (tmp_path / "pairs" / listing[0][0]).iterdir():                          # as if it had been stopped before
+        file.unlink()
+    (tmp_path / "pairs" / listing[0][0]).rmdir()
+    again = make(tmp_path / "pairs", "--thresholds", "0", ".6", "0", ".5")
+    assert again.keys() == files.keys() and again["seeds.json"] == files["seeds.json"]
+
+
+def test_other_texts_than_those_of_the_output_are_refused(tmp_path, capsys):
+    make(tmp_path / "pairs")
+    (tmp_path / "edits.jsonl").write_text(json.dumps({"caption": "a cat", "instruction": "add a dog", "edited_caption": "pets"}))
+    with pytest.raises(SystemExit) as stop:
+        make(tmp_path / "pairs", "--input", str(tmp_path / "edits.jsonl"), "--model", "models/toy", "--clip", "models/toy/clip")
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("pairs.py: error: ") and "another edit" in last
+
+
+def test_a_fitted_scene_is_the_one_that_was_drawn():
+    for i in range(4):
+        scene = toy.edit("train", i).scene
+        found, error = fit(toy.render([scene])[0], scene)
+        assert error < .02
+        assert all(abs(a.x - b.x) < 1 and abs(a.y - b.y) < 1 for a, b in zip(found.objects, scene.objects))
+
+
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_only_what_changes_outside_of_the_edit_counts(kind):
+    edit = next(e for e in (toy.edit("train", i) for i in range(20)) if e.kind == kind)
+    image, truth = toy.render([edit.scene, edit.edited])
+    mask = toy.edit_mask(image[None], truth[None])[0, 0]
+    assert change_outside(edit, image, truth) < .01
+    assert change_outside(edit, image, truth + .2 * mask) < .01
+    assert change_outside(edit, image, truth + .2 * ~mask) == pytest.approx(.1, abs=.01)
+
+
+def test_an_edit_is_moved_with_its_scene():
+    for i in range(10):
+        edit = toy.edit("train", i)
+        moved = toy.replace(edit.scene, objects=tuple(toy.replace(o, x=o.x + 1) for o in edit.scene.objects))
+        new = placed(edit, moved)
+        assert new.edited.caption == edit.edited.caption
+        for o in new.edited.objects:
+            added = edit.kind == "add" and o == edit.edited.objects[-1]
+            assert added or any(o == toy.replace(p, x=p.x + 1) for p in edit.edited.objects)
