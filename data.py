@@ -34,8 +34,10 @@ from cli import Parser, positive_int
 from pictures import load_image
 
 NAMES = {"key": ("key",), "image": ("I_input", "file_name", "image"), "edited_image": ("edited_image",),
-         "caption": ("T_input", "input", "text", "caption"), "instruction": ("C_f", "edit", "instruction"),
-         "edited_caption": ("T_edit", "output", "edited_caption"), "reverse_instruction": ("C_r", "reverse_instruction")}
+         "caption": ("T_input", "original_prompt", "input", "text", "caption"),
+         "instruction": ("C_f", "edit_prompt", "edit", "instruction"),
+         "edited_caption": ("T_edit", "edited_prompt", "output", "edited_caption"),
+         "reverse_instruction": ("C_r", "reverse_instruction")}
 TEXTS = ("caption", "instruction", "edited_caption", "reverse_instruction")
 LONGEST = 10_000                                              # bytes of a text
 LARGEST = 2 ** 26                                             # bytes that are read of a shard's member

@@ -24,15 +24,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import Parser, device, non_negative_float, positive_int, quiet_transformers, replace_file, seed_int
-from data import LARGEST, TEXTS, expand
+from data import LARGEST, NAMES, TEXTS, expand
 
 PROMPT = Path(__file__).resolve().parent / "docs/instructions_prompt.txt"
 TRIES, RETRY_TEMPERATURE = 4, .7                              # greedy decoding would only repeat a rejected answer
 ROUND = 8                                                     # batches that are kept together, to ask again in batches
 NEW_TOKENS = 256                                              # three texts of the length that CLIP reads
-# other names of the texts: in captions, in InstructPix2Pix's files, in its data set on the hub
-NAMES = {"caption": ("caption", "text", "input", "original_prompt"), "instruction": ("instruction", "edit", "edit_prompt"),
-         "edited_caption": ("edited_caption", "output", "edited_prompt")}
 
 # CLIP reads 75 tokens.  Its tokenizer would be a download; its vocabulary has most English words whole, so 50 words and
 # punctuation marks leave half as many again for those that it splits
@@ -92,9 +89,10 @@ def read_captions(paths, given):
                 if (row := next(rows, None)) is None:
                     break
                 for field in given:
-                    name = next((n for n in NAMES[field] if isinstance(row.get(n), str) and row[n].strip()), None)
+                    names = NAMES[field][::-1]
+                    name = next((n for n in names if isinstance(row.get(n), str) and row[n].strip()), None)
                     if name is None and (path.suffix == ".jsonl" or field != "caption"):
-                        raise ValueError(f"no text for {' or '.join(NAMES[field])}")
+                        raise ValueError(f"no text for {' or '.join(names)}")
                     row[field] = name and " ".join(row.pop(name).split())
             except (ValueError, tarfile.TarError) as error:
                 raise ValueError(f"{path}, entry {number}: {error}") from None
