@@ -8,10 +8,11 @@ from transformers.utils import logging
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, `COMMAND: error: ...`, without the usage text; exit status 2."""
+    """An argument parser whose errors are one line, `COMMAND: error: ...`, without the usage text; exit status 2.  COMMAND is
+    the file, also where the first argument names one of its commands."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog.split()[0]}: error: {' '.join(message.split())}\n")
 
 
 def number(kind, low, high=math.inf):

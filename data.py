@@ -232,14 +232,16 @@ class Folder(Source):
 
 
 class InstructPix2Pix(Source):
-    """InstructPix2Pix's data as it is on disk: .9 of the directories for training, the next .05 for validation.  Each time a
-    directory is drawn, so is one of its seeds.  It has no reverse instructions: the cycle uses those that `side` names."""
+    """InstructPix2Pix's data as it is on disk: .9 of the directories for training, the next .05 for validation, the others
+    for the test.  Each time a directory is drawn, so is one of its seeds.  It has no reverse instructions: the cycle uses
+    those that `side` names."""
+    SPLITS = {"train": (0, .9), "validation": (.9, .9 + .05), "test": (.9 + .05, 1)}
 
     def __init__(self, path, split, resolution, seed=0, pairs=False, side={}):
         listing = Path(path) / "seeds.json"
         try:
             rows = json.loads(listing.read_bytes())
-            begin, end = (int(part * len(rows)) for part in ((0, .9) if split == "train" else (.9, .9 + .05)))
+            begin, end = (int(part * len(rows)) for part in self.SPLITS[split])
             items = [(Path(path) / name, list(seeds), side.get(name, [{}])) for name, seeds in rows[begin:end]
                      if pairs or name in side]
         except (ValueError, TypeError, RecursionError):
