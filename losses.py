@@ -56,8 +56,8 @@ class ClipScorer:
 def view(images, generator=None):
     """The images (B, 3, H, W) shifted together by up to a quarter of a side, with noise of a random strength each.
 
-    CLIP's gradient on an image as it is soon leads to patterns that please CLIP and nobody else; what it says of many
-    views at once is more often the edit (`evaluate.py --ascent`).  The paper does not say; random crops are usual elsewhere."""
+    CLIP's gradient on an image as it is soon leads to patterns that please CLIP and nobody else; what it says of many views
+    at once is more often the edit (`evaluate.py toy --ascent`).  The paper does not say; random crops are usual elsewhere."""
     height, width = images.shape[-2:]
     padded = F.pad(images, [width // 4, width // 4, height // 4, height // 4], mode="replicate")
     top, left = (torch.randint(side // 4 * 2 + 1, (), generator=generator) for side in (height, width))

@@ -21,6 +21,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 SMALLEST, LARGEST = 128, 512                                  # pixels of a grid's cells, their longer side
 TEXT, GREY, GAP = 13, (110, 110, 110), 8
 FONT = ImageFont.load_default(TEXT)
+COLOURS = ((200, 60, 30), (30, 90, 180), (20, 130, 70), (150, 60, 160), (190, 130, 0), (80, 80, 80), (0, 140, 150))
 HEAT = torch.tensor([(20, 11, 53), (101, 21, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)]) / 255  # as 'inferno'
 
 
@@ -136,3 +137,28 @@ def curves(columns, path, size=(300, 160), margin=(70, 24)):
                                     (left - 4, bottom, y0, "rb"), (left - 4, top, y1, "rt")):
             draw.text((x, y), f"{value:.4g}", GREY, FONT, anchor=anchor)
     save_png(sheet, path)
+
+
+def plot(measured, published, axes, size=(560, 400), margin=60):
+    """One plot of {name: [(x, y), ...]}: measured lines with dots, published ones thin with rings; axes: (of x, of y)."""
+    points = [point for lines in (measured, published) for line in lines.values() for point in line]
+    (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points))
+    def place(x, y):
+        return margin + (x - x0) / (x1 - x0 or 1) * size[0], margin + (y1 - y) / (y1 - y0 or 1) * size[1]
+    names = [*measured, *published]
+    sheet = Image.new("RGB", (size[0] + 2 * margin, size[1] + 2 * margin + (TEXT + 5) * len(names)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle((margin - 10, margin - 10, margin + size[0] + 10, margin + size[1] + 10), outline=GREY)
+    for i in range(5):
+        x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
+        draw.text((place(x, y)[0], margin + size[1] + 14), f"{x:.3f}", GREY, FONT, anchor="mt")
+        draw.text((margin - 14, place(x, y)[1]), f"{y:.2f}", GREY, FONT, anchor="rm")
+    draw.text((margin + size[0] / 2, margin + size[1] + 32), axes[0], "black", FONT, anchor="mt")
+    draw.text((margin - 10, margin - 16), axes[1], "black", FONT, anchor="lb")
+    for i, (name, line) in enumerate((measured | published).items()):
+        colour, thin, top = COLOURS[i % len(COLOURS)], name in published, 2 * margin + size[1] + (TEXT + 5) * i
+        draw.line([place(*point) for point in line], colour, 1 if thin else 3)
+        for x, y in [place(*point) for point in line] + [(margin, top)]:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), "white" if thin else colour, colour)
+        draw.text((margin + 12, top), name, colour, FONT, anchor="lm")
+    return sheet

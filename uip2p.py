@@ -290,7 +290,7 @@ class EditModel:
         context = torch.cat([text for _, _, text in branches])                            # (n*B, L, D)
         timesteps = self.ddim_timesteps(steps)
         stride = len(self.alphas_cumprod) // steps
-        for i, step in enumerate(tqdm(timesteps, "denoising", disable=not progress)):
+        for i, step in enumerate(tqdm(timesteps, "denoising", disable=not progress, leave=None)):
             x = torch.cat([z_t.repeat(len(branches), 1, 1, 1), conditions], dim=1)        # (n*B, 8, h, w)
             t = torch.full((len(x),), step, device=self.device)
             eps = self.unet(x, t, context, control=control and control(i / steps))        # (n*B, 4, h, w)

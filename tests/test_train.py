@@ -483,7 +483,7 @@ def test_the_ascent_climbs_clip_from_the_input(model, scorer, views):
 
 
 def test_the_table_of_a_few_scenes(whole, capsys):
-    evaluate.main(["--models", str(whole[0] / "model"), "--scenes", "5", "--steps", "1", "2", "--scales", "1.5:1.2", "3:1.5", "--kinds"])
+    evaluate.main(["toy", "--models", str(whole[0] / "model"), "--scenes", "5", "--steps", "1", "2", "--scales", "1.5:1.2", "3:1.5", "--kinds"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert rows[0][-len(evaluate.COLUMNS):] == list(evaluate.COLUMNS) and set("".join(rows[1])) == {"-"}
@@ -503,6 +503,6 @@ def test_the_table_of_a_few_scenes(whole, capsys):
 @pytest.mark.parametrize("flags", [["--scales", "3"], ["--scales", "nan:1"], ["--steps", "0"], ["--scenes", "0"], ["--models", "no-such-model"]])
 def test_bad_arguments_of_the_evaluation(capsys, flags):
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(flags)
+        evaluate.main(["toy", *flags])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and ": error: " in error
