@@ -20,6 +20,7 @@ import toy
 from losses import ClipScorer
 from pictures import load_image, plot, save_png
 from protocols import METRICS, Dino, compare, directions, preprocess, read_magicbrush, read_test_split
+from uip2p import EditModel
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, CLIP = ROOT / "models/toy", ROOT / "models/toy/clip"
@@ -287,6 +288,17 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(tmp_path, 
     assert {f: f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()} == first
 
 
+def test_edits_of_a_model_that_was_trained_further_are_not_taken_for_its_own(tmp_path, brush, dino_path, capsys):
+    shutil.copytree(MODEL, tmp_path / "model")
+    argv, output = [brush, "--models", tmp_path / "model", "--steps", 1, "--limit", 1], tmp_path / "out"
+    run(output, dino_path, *argv)
+    model = EditModel.from_pretrained(tmp_path / "model")
+    model.unet.conv_out.bias.data += .1
+    model.save_pretrained(tmp_path / "model")
+    judge = "--clip", CLIP, "--dino", dino_path
+    assert "another weights" in refuse(capsys, "magicbrush", *argv, *judge, "--output", output)
+
+
 def test_another_editors_folder_is_scored(tmp_path, brush, dino_path):
     sessions = read_magicbrush(brush)
     perfect = answers(sessions, tmp_path / "perfect", lambda session, turn: turn.target)
@@ -324,7 +336,8 @@ def test_bad_magicbrush_data_is_refused_before_any_work(tmp_path, dino_path, cap
     (tmp_path / "secret.png").write_bytes(b"")
     for n, (name, words) in enumerate((
             ("../../../secret.png", "not ID-input.png"), ("/etc/passwd", "not ID-input.png"), (7, "is 7"), (None, "is None"),
-            ("1000-input.png", "not ID-input.png"), ("1001-output9.png", "missing"))):
+            ("1000-input.png", "not ID-input.png"), ("1001-/../1001-input.png", "not ID-input.png"),
+            ("1001-output9.png", "missing"))):
         assert words in refuse(capsys, "magicbrush", damaged(f"n{n}", edit_sessions=with_name("input", name)), *FAST)
     escape = {"../..": [{"input": "../..-input.png", "output": "../..-output1.png", "instruction": "add a cross"}]}
     for n, (content, words) in enumerate((([], "JSON object"), ({}, "empty"), ({"1000": {}}, "no list of turns"),
@@ -419,11 +432,14 @@ def test_the_default_curve_is_the_published_one():
 
 def test_bad_trees_are_refused(tmp_path, capsys):
     judge = [*FAST, "--clip", CLIP, "--output", tmp_path / "out"]
-    for n, row in enumerate((["../data0", [5]], ["0000019", []], ["0000019", ["../5"]], ["0000019", [99]], ["missing", [1]])):
+    instruct_pix2pix(tmp_path / "outside", 1)
+    for n, (row, words) in enumerate(((["../outside/0000000", [5]], "not one of a directory"), (["0000019", []], "has no seed"),
+                                      (["0000019", ["../5"]], "has no seed"), (["0000019", [99]], "99_0.jpg is missing"),
+                                      (["missing", [1]], "prompt.json"))):
         path = instruct_pix2pix(tmp_path / f"data{n}", 20)
         rows = json.loads((path / "seeds.json").read_text())
         (path / "seeds.json").write_text(json.dumps(rows[:19] + [row]))
-        refuse(capsys, "curve", path, *judge)
+        assert words in refuse(capsys, "curve", path, *judge)
     (path / "0000019/prompt.json").write_text("{}")
     (path / "seeds.json").write_text(json.dumps(rows))
     assert "prompt.json: no text for caption" in refuse(capsys, "curve", path, *judge)
