@@ -134,8 +134,8 @@ def begin(model, path, args, **given):
     settings |= {name: value for name, value in (given | {"resolution": args.resolution}).items() if value is not None}
     # a model that was trained further under the same name has another sum
     weights = sum(p.double().abs().sum().item() for p in model.unet.parameters())
-    settings |= {"model": path, "weights": weights, "seed": args.seed, "precision": args.precision, "data": args.data,
-                 "batch_size": args.batch_size}
+    settings |= {"model": path, "weights": weights, "data": args.data, "seed": args.seed, "device": args.device,
+                 "precision": args.precision, "batch_size": args.batch_size}
     scales = "{steps}-steps-{cfg_text:g}-{cfg_image:g}".format(**settings)
     folder = args.output / re.sub(r"[^\w.]+", "-", path).strip("-.") / scales
     file = folder / "settings.json"
@@ -212,7 +212,7 @@ def magicbrush(args):
             methods[f"{path}, {settings.steps} steps"] = outputs(folder)
     methods |= others
 
-    lines = [f"MagicBrush test, {extent(len(used), len(sessions), 'sessions')}", "",
+    lines = [f"MagicBrush test, {extent(len(used), len(sessions), 'sessions')}; CLIP {args.clip}, DINO {args.dino}", "",
              f"| setting | method | {' | '.join(METRICS)} |", "|---|---|" + "---|" * len(METRICS)]
     rows = []
     for setting, turns in judged.items():
@@ -248,7 +248,7 @@ def curve(args):
             make_edits(model, settings, [(folder / s.output, s.input, s.instruction) for s in samples])
             editors.setdefault(path, {})[f"s_I = {s_I}"] = folder
 
-    lines = [f"InstructPix2Pix test split, {extent(len(samples), total, 'samples')}", "",
+    lines = [f"InstructPix2Pix test split, {extent(len(samples), total, 'samples')}; CLIP {args.clip}", "",
              "| method | point | direction similarity | image similarity |", "|---|---|---|---|"]
     for method, points in PUBLISHED_CURVES.items():
         for end, (x, y) in zip(("s_I = 2.2", "s_I = 1.0"), points):
