@@ -218,19 +218,21 @@ def biases(args):
     changes, unclear = {kind: [] for kind in toy.KINDS}, 0
     for i, edit in enumerate(tqdm([toy.edit("train", i) for i in range(args.edits)], "measured")):
         folder = args.output / f"{i:07d}"
-        for line in (folder / "metadata.jsonl").read_text().splitlines()[:1]:
-            image, edited_image = (load_image(folder / f"{json.loads(line)['seed']}_{n}.jpg") for n in (0, 1))
+        for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()[:1]):
+            image, edited_image = (load_image(folder / f"{row['seed']}_{n}.jpg") for n in (0, 1))
             scene, error = fit(image, edit.scene)
             if error > CLEAR:
                 unclear += 1
                 continue
             rendered = toy.render([edit.scene, toy.entangled(edit, random.Random(i))])
-            changes[edit.kind].append((change_outside(edit, *rendered), change_outside(placed(edit, scene), image, edited_image)))
+            changed = change_outside(placed(edit, scene), image, edited_image)
+            changes[edit.kind].append((row["p2p_threshold"], changed, change_outside(edit, *rendered)))
     print(f"{unclear} edits left out, whose image is not the scene of its caption (mean error above {CLEAR})\n")
-    print("| bias | edits | pairs | outside, rendered | outside, Prompt-to-Prompt |\n|---|---|---|---|---|")
+    print("| bias | edits | pairs | Prompt-to-Prompt | share < .5 | share >= .5 | rendered |\n|---|---|---|---|---|---|---|")
     for bias, kinds in BIASES.items():
-        rows = torch.tensor([row for kind in kinds for row in changes[kind]])
-        print(f"| {bias} | {', '.join(kinds)} | {len(rows)} | " + " | ".join(f"{mean:.3f}" for mean in rows.mean(0)) + " |")
+        share, changed, rendered = torch.tensor([row for kind in kinds for row in changes[kind]]).T
+        means = changed.mean(), changed[share < .5].mean(), changed[share >= .5].mean(), rendered.mean()
+        print(f"| {bias} | {', '.join(kinds)} | {len(share)} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
 
 
 def main(argv=None):
