@@ -11,6 +11,7 @@ class Attention(nn.Module):
 
     x (B, N, query_dim), context (B, L, context_dim), x itself if None -> output (B, N, query_dim) and,
     if `capture`, the probabilities (B, heads, N, L) in float32, else None. `bias` is that of q, k and v.
+    In place of a context may stand its `keys_values`, which save time where one text serves many steps.
     `control`, if not None, maps (probabilities, whether they are a text's) to those that are used instead."""
 
     def __init__(self, query_dim, context_dim, heads, bias=False):
@@ -23,10 +24,17 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, query_dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
 
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                  # (B, heads, N or L, d)
+
+    def keys_values(self, context):
+        """What attention uses of a context (B, L, context_dim): a pair k, v of (B, heads, L, d)."""
+        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+
     def forward(self, x, context=None, capture=False, control=None):
         is_text, context = context is not None, x if context is None else context
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, N or L, d)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q = self.split_heads(self.to_q(x))                                        # (B, heads, N, d)
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
         probs = None
         if capture or control:  # the fused kernel never forms the probabilities, so they are computed in the open
             probs = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1, dtype=torch.float32)  # (B, heads, N, L)

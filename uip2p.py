@@ -130,6 +130,8 @@ class EditModel:
                 raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is not supported, only {value!r}")
         betas = torch.linspace(scheduler.get("beta_start", 0.00085) ** .5, scheduler.get("beta_end", 0.012) ** .5,
                                scheduler.get("num_train_timesteps", 1000)) ** 2
+        for module in (unet, vae):
+            module.to(memory_format=torch.channels_last)      # in which convolutions and attention are faster
         self.alphas_cumprod = torch.cumprod(1 - betas, 0).to(self.device)                 # (1000,), abar_t
 
     @classmethod
@@ -279,7 +281,8 @@ class EditModel:
     def sample(self, image_latents, instructions, z_t, steps, text_guidance, image_guidance, progress=False, control=None):
         """The loop of `edit`: unscaled latents of the images and noise z_T (B, 4, h, w) -> clean latents z_0 (B, 4, h, w).
         control: if not None, a function of the share of the steps that is done -> the UNet's `control` in the next."""
-        text, no_text = self.encode_text(instructions), self.encode_text([""]).expand(len(z_t), -1, -1)
+        text = self.encode_text([*instructions, ""])                                      # (B + 1, L, D)
+        text, no_text = text[:-1], text[-1:].expand(len(z_t), -1, -1)
         no_image = torch.zeros_like(image_latents)
         # e(0,0) + s_I (e(I,0) - e(0,0)) + s_T (e(I,T) - e(I,0)), as one weight for each of the three branches
         branches = [b for b in ((text_guidance, image_latents, text),
@@ -287,16 +290,15 @@ class EditModel:
                                 (1 - image_guidance, no_image, no_text)) if b[0] != 0]
         weights = [weight for weight, _, _ in branches]
         conditions = torch.cat([image for _, image, _ in branches])                       # (n*B, 4, h, w)
-        context = torch.cat([text for _, _, text in branches])                            # (n*B, L, D)
-        timesteps = self.ddim_timesteps(steps)
+        context = self.unet.text_cache(torch.cat([text for _, _, text in branches]))      # the text is the same in every step
+        timesteps = torch.tensor(self.ddim_timesteps(steps), device=self.device)          # no step waits for the host
         stride = len(self.alphas_cumprod) // steps
-        for i, step in enumerate(tqdm(timesteps, "denoising", disable=not progress, leave=None)):
+        for i, t in enumerate(tqdm(timesteps, "denoising", disable=not progress, leave=None)):
             x = torch.cat([z_t.repeat(len(branches), 1, 1, 1), conditions], dim=1)        # (n*B, 8, h, w)
-            t = torch.full((len(x),), step, device=self.device)
-            eps = self.unet(x, t, context, control=control and control(i / steps))        # (n*B, 4, h, w)
+            eps = self.unet(x, t.expand(len(x)), context, control=control and control(i / steps))        # (n*B, 4, h, w)
             eps = sum(w * e for w, e in zip(weights, eps.chunk(len(branches))))           # (B, 4, h, w)
-            z_0 = self.remove_noise(z_t, eps, t[:len(z_t)])
-            z_t = self.add_noise(z_0, eps, (t[:len(z_t)] - stride).clamp(min=0))
+            z_0 = self.remove_noise(z_t, eps, t[None])
+            z_t = self.add_noise(z_0, eps, (t[None] - stride).clamp(min=0))
         return z_t
 
 

@@ -2,14 +2,14 @@
 8 input channels: the noisy latents, then the latents of the image to edit. All sizes come from the config;
 parameter names are those of the published checkpoints, so that loading is one strict load_state_dict."""
 import math
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import SpatialTransformer
+from attention import SpatialTransformer, TransformerBlock
 
 SD15 = {  # as InstructPix2Pix has it; Stable Diffusion 1.5 itself has 4 input channels
     "in_channels": 8,
@@ -201,12 +201,17 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, width, c["norm_eps"])
         self.conv_out = nn.Conv2d(width, c["out_channels"], 3, padding=1)
 
+    def text_cache(self, context):
+        """The keys and values of a context (B, L, D) in every cross-attention layer, in the order in which they run: a list
+        that `forward` takes in its place."""
+        return [m.attn2.keys_values(context) for m in self.modules() if isinstance(m, TransformerBlock)]
+
     def forward(self, x, t, context, maps=None, control=None):
         """Predicts the noise.
 
         x: (B, 8, h, w), the noisy latents, then the image latents; h and w multiples of 2^(levels - 1)
         t: (B,) training timesteps, 0 to 999
-        context: (B, L, D), the text encoder's last hidden state; L is 77
+        context: (B, L, D), the text encoder's last hidden state; L is 77; or its `text_cache`
         maps: a list, to which every cross-attention layer's map (B, heads, h', w', L) is appended, in the order
             down, middle, up; they carry gradients. None: not computed, and faster.
         control: if not None, what changes the probabilities of every attention layer; see attention.Attention
@@ -214,33 +219,35 @@ class UNet(nn.Module):
         check_size("latents", x, len(self.down_blocks))
         temb = F.silu(self.time_embedding(t))  # every residual block begins with this SiLU: once is enough
         x = self.conv_in(x)                                                       # (B, C0, h, w)
+        contexts = iter(context) if isinstance(context, list) else repeat(context)  # of each cross-attention layer
 
         skips = [x]
         for block in self.down_blocks:
             for resnet, attention in block.layers():
-                x = self.layer(resnet, attention, x, temb, context, maps, control) # (B, C, h', w')
+                x = self.layer(resnet, attention, x, temb, contexts, maps, control)  # (B, C, h', w')
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)                                                 # (B, C, h'/2, w'/2)
                 skips.append(x)
 
         for resnet, attention in self.mid_block.layers():
-            x = self.layer(resnet, attention, x, temb, context, maps, control)
+            x = self.layer(resnet, attention, x, temb, contexts, maps, control)
 
         for block in self.up_blocks:
             for resnet, attention in block.layers():
                 x = torch.cat([x, skips.pop()], dim=1)                            # (B, C + skip's, h', w')
-                x = self.layer(resnet, attention, x, temb, context, maps, control) # (B, C, h', w')
+                x = self.layer(resnet, attention, x, temb, contexts, maps, control)  # (B, C, h', w')
             for upsample in block.upsamplers:
                 x = upsample(x)                                                   # (B, C, 2h', 2w')
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))                       # (B, 4, h, w)
 
-    def layer(self, resnet, attention, x, temb, context, maps, control):
-        """A residual block and, if not None, the attention after it, whose map goes to `maps`, if not None."""
+    def layer(self, resnet, attention, x, temb, contexts, maps, control):
+        """A residual block and, if not None, the attention after it, whose map goes to `maps`, if not None.
+        contexts: an iterator, one for each cross-attention layer."""
         x = self.run(resnet, x, temb)
         if attention is not None:
-            x, attention_map = self.run(attention, x, context, maps is not None, control)
+            x, attention_map = self.run(attention, x, next(contexts), maps is not None, control)
             if maps is not None:  # appended here, outside the recomputed part, which runs twice
                 maps.append(attention_map)
         return x

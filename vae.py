@@ -1,5 +1,6 @@
 """The autoencoder of Stable Diffusion 1.5: images to latents of an eighth of their size (in the published
 model), and back. Frozen throughout the paper; parameter names are those of the published checkpoints."""
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -21,6 +22,7 @@ FIXED = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": Tr
          "shift_factor": None, "latents_mean": None, "latents_std": None}
 BLOCK_TYPES = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
 EPS = 1e-6  # of every group norm here
+PIXELS = 512 ** 2  # of the images that are encoded or decoded at once, or a single one
 
 
 class PixelAttention(Attention):
@@ -111,6 +113,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))                       # (B, 3, H, W)
 
 
+def in_parts(network, x, pixels):
+    """network(x) for some of the batch x at a time, images of so many pixels each: memory does not grow with the batch."""
+    return torch.cat([network(part) for part in x.split(max(1, PIXELS // pixels))])
+
+
 class VAE(nn.Module):
     """The autoencoder. config: a dict with the keys of SD15_VAE, as in vae/config.json; what is missing is taken
     from SD15_VAE, what this file does not implement is a ValueError. Latents are unscaled here: the diffusion
@@ -131,7 +138,8 @@ class VAE(nn.Module):
         """The posterior of images (B, 3, H, W) in [-1, 1]: mean and log-variance, clamped to [-30, 20], each
         (B, latent_channels, h, w). H and W must be multiples of 2^(levels - 1), 8 in the published model."""
         check_size("image", images, len(self.encoder.down_blocks))
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)      # (B, latent, h, w) each
+        moments = in_parts(lambda x: self.quant_conv(self.encoder(x)), images, images.shape[-2] * images.shape[-1])
+        mean, logvar = moments.chunk(2, dim=1)                                    # (B, latent, h, w) each
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images):
@@ -140,7 +148,8 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Unscaled latents (B, latent_channels, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(latents))
+        pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(self.decoder.up_blocks) - 1)
+        return in_parts(lambda z: self.decoder(self.post_quant_conv(z)), latents, pixels)
 
 
 def modern_names(state_dict):

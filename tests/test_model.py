@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from uip2p import EditModel
@@ -69,12 +70,12 @@ def test_trajectory_matches_golden(golden, expected):
     golden_edit(golden, expected, text_guidance=7.5, image_guidance=1.5)
     for hook in hooks:
         hook.remove()
-    text = golden.encode_text([expected["info"]["edit_text"]])[0]
+    (keys, _), *_ = golden.unet.text_cache(golden.encode_text([expected["info"]["edit_text"]]))
     assert [t.unique().tolist() for _, t, _, _ in steps] == [[t] for t in expected["ddim.timesteps"].tolist()]
-    for n, (x, _, context, eps) in enumerate(steps):
+    for n, (x, _, ((k, _), *_), eps) in enumerate(steps):
         seen = set()
         for row in range(len(x)):
-            branch = 2 if not x[row, 4:].any() else 0 if torch.equal(context[row], text) else 1
+            branch = 2 if not x[row, 4:].any() else 0 if torch.allclose(k[row], keys[0], atol=1e-5) else 1
             seen.add(branch)
             assert_close(x[row:row + 1, :4], expected["ddim.latents"][n])
             if branch < 2:
@@ -121,6 +122,50 @@ def test_attention_maps_sum_to_one_and_capture_changes_nothing(golden, expected)
         assert m.shape[:2] == (2, 8) and m.shape[-1] == 77
         torch.testing.assert_close(m.sum(-1), torch.ones_like(m[..., 0]))
     assert_close(eps, golden.unet(*inputs), 1e-6)
+
+
+def test_keys_and_values_stand_for_their_text(golden, expected):
+    x, t, context = unet_inputs(expected)
+    cache, maps, cached_maps = golden.unet.text_cache(context), [], []
+    assert len(cache) == 11 and {k.shape[:3] for k, _ in cache} == {(2, 8, 77)}
+    def control(probs, is_text):
+        return probs * 2 if is_text else probs
+    for extra, cached_extra in (((), ()), ((maps,), (cached_maps,)), ((None, control), (None, control))):
+        assert torch.equal(golden.unet(x, t, context, *extra), golden.unet(x, t, cache, *cached_extra))
+    assert len(maps) == 11 and all(map(torch.equal, maps, cached_maps))
+
+
+def test_a_text_is_encoded_once_and_no_step_waits_for_the_host(golden, expected):
+    texts, projected, syncs = [], [], []
+    class Syncs(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:            # a tensor's value is asked for
+                syncs.append(1)
+            return func(*args, **kwargs or {})
+    layer = golden.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    hooks = [golden.text_encoder.register_forward_hook(lambda *args: texts.append(1)),
+             layer.register_forward_hook(lambda *args: projected.append(1))]
+    counts = []
+    for steps in (2, 5):
+        syncs.clear()
+        with Syncs():
+            golden.sample(torch.zeros(1, 4, 8, 8), ["make it snow"], torch.zeros(1, 4, 8, 8), steps, 7.5, 1.5)
+        counts.append(len(syncs))
+    for hook in hooks:
+        hook.remove()
+    assert len(texts) == len(projected) == 2 and counts[0] == counts[1]
+
+
+def test_a_large_batch_passes_the_vae_in_parts(golden, expected, monkeypatch):
+    images, latents = expected["vae.images"].repeat(3, 1, 1, 1)[:3], expected["vae.latents"].repeat(3, 1, 1, 1)[:3]
+    whole, parts = (golden.vae.encode(images), golden.vae.decode(latents)), []
+    monkeypatch.setattr("vae.PIXELS", 2 * images[0, 0].numel() + 1)
+    hooks = [m.register_forward_hook(lambda m, args, out: parts.append(len(out))) for m in (golden.vae.encoder, golden.vae.decoder)]
+    assert_close(golden.vae.encode(images), whole[0], 1e-5)
+    assert_close(golden.vae.decode(latents), whole[1], 1e-5)
+    for hook in hooks:
+        hook.remove()
+    assert parts == [2, 1, 2, 1]
 
 
 def test_checkpointing_recomputes_and_gives_the_same_gradients(expected, checkpoint):
