@@ -12,6 +12,7 @@ guidance scales or a resolution (edit_defaults.json), they replace the defaults 
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ def parser():
     p.add_argument("--seed", type=seed_int, default=0, help="of the noise, the same for every image and turn (%(default)s)")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     p.add_argument("--precision", choices=DTYPES, help="(fp16 on CUDA, else fp32)")
+    p.add_argument("--compile", action="store_true", help="compile the UNet: a long warm-up, then faster steps")
     return p
 
 
@@ -127,6 +129,17 @@ def edit(model, images, instructions, size, args):
             for e, image in zip(edited, images)]
 
 
+def warm_up(model, count, size, args):
+    """With --compile, an edit of one step, which compiles the UNet for so many images of a size."""
+    if args.compile:
+        started = time.time()
+        try:
+            edit(model, [torch.zeros(3, *size)] * count, [""] * count, size, argparse.Namespace(**vars(args) | {"steps": 1}))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(f"--compile does not work here: {str(error).splitlines()[0]}") from None
+        print(f"compiled in {time.time() - started:.0f} s", flush=True)
+
+
 def cycle_rows(model, images, edited, instructions, reverse_instructions, size, args):
     """The rows of figure 3: input, edit, reconstruction (the edit undone), where each instruction acts, A_f and A_r."""
     undone = edit(model, edited, reverse_instructions, size, args)
@@ -141,6 +154,7 @@ def demo(model, args, settings):
     samples = [toy.edit("test", i) for i in range(DEMO_SCENES)]
     size = edit_size(model, "the scene", (toy.SIZE, toy.SIZE), args.resolution)
     images, truths = toy.render([s.scene for s in samples]), toy.render([s.edited for s in samples])
+    warm_up(model, len(images), size, args)
     instructions, reverse_instructions = [s.instruction for s in samples], [s.reverse_instruction for s in samples]
     edited = edit(model, images, instructions, size, args)
     rows = cycle_rows(model, images, edited, instructions, reverse_instructions, size, args)
@@ -156,6 +170,7 @@ def edit_files(model, jobs, args, settings):
         same = [job for job, other in zip(jobs, sizes) if other == size]
         print(f"{len(same)} image{'s' * (len(same) > 1)} at {size[1]}x{size[0]}")
         at_once = max(1, min(16, BATCH // (size[0] * size[1])))
+        warm_up(model, min(at_once, len(same)), size, args)
         for first in range(0, len(same), at_once):
             batch = same[first:first + at_once]
             images, figures = [load_image(source) for source, _, _ in batch], [[] for _ in batch]
@@ -184,6 +199,8 @@ def main(argv=None):
         jobs = check_files(args)
         args.precision = args.precision or ("fp16" if args.device.startswith("cuda") else "fp32")
         model = EditModel.from_pretrained(args.model, args.device, DTYPES[args.precision])
+        if args.compile:
+            model.unet.compile(mode="reduce-overhead")        # on CUDA with CUDA graphs: no launches from the host
         flags = {"text_guidance": "cfg_text", "image_guidance": "cfg_image"}
         # as texts they are checked like flags, and flags go before them
         p.set_defaults(**{flags.get(k, k): str(v) for k, v in model.defaults.items()}, precision=args.precision)

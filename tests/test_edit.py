@@ -1,5 +1,6 @@
 """edit.py as a user runs it, on the tiny random model of golden/: its images mean nothing, the behaviour is the same."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,22 @@ def test_one_command_has_one_result_and_says_its_settings(tmp_path, capsys):
     assert Image.open(tmp_path / "a.png").text | {"model": ""} == {
         "model": "", "device": "cpu", "precision": "fp32", "seed": "0", "steps": "2", "cfg_text": "7.5", "cfg_image": "1.5",
         "resolution": "16", "edit": "make it snow"}
+
+
+def test_a_compiled_edit_is_the_same(tmp_path, capsys, monkeypatch):
+    """As one graph; without the code generator, which takes a minute."""
+    source, compiled = picture(tmp_path / "in.png"), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compiled(self, backend="eager", fullgraph=True))
+    assert run(source, tmp_path / "a.png", *WORDS) == run(source, tmp_path / "b.png", *WORDS, "--compile")
+    assert "compiled in" in capsys.readouterr().out
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compiled(self, backend=broken))
+    with pytest.raises(SystemExit) as stop:
+        run(source, tmp_path / "c.png", *WORDS, "--compile")
+    error = re.split("[\r\n]", capsys.readouterr().err.strip())[-1]                      # after a progress bar
+    assert stop.value.code == 2 and error.startswith("edit.py: error: --compile does not work here: ")
+    assert not (tmp_path / "c.png").exists()
 
 
 def test_several_edits_are_single_runs_in_turn(tmp_path):
