@@ -5,19 +5,23 @@
     python train.py --model runs/baseline/model                 # the cycle from the baseline's weights
     python train.py --data photos --output runs/photos          # Stable Diffusion 1.5, on a folder of images
     python train.py --data "cc3m/*.tar" photos --mix 3 1 --texts edits.jsonl --output runs/mix     # all data: see data.py
+    torchrun --nproc-per-node 4 train.py ...                    # on several GPUs: 4 times the batch
 
 The same command resumes a run that was stopped.  A run's folder gets log.csv, curves.png, pictures of eight edits
 (step-*.png) and two models: `best`, of the lowest validation loss, and `model`, the last.
 """
 import copy
 import csv
+import os
 import pickle
 import resource
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -76,11 +80,42 @@ def round_trip_losses(model, scorer, batch, args, generator):
                         dict(zip(WEIGHTS, args.weights)), args.views, generator)
 
 
+def prepare(model, scorer, args):
+    """Sets what trains, in float32, and what is frozen, in args.precision.  Returns its moving average and optimizer."""
+    unet = model.unet.train()
+    unet.checkpointing = model.vae.checkpointing = args.checkpointing
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(args.train == "all" or ".attn2." in name or name.startswith("conv_in."))
+    frozen = [p for p in unet.parameters() if not p.requires_grad]
+    if args.precision == "bf16":
+        for module in (model.vae, model.text_encoder, *([scorer.clip] if scorer else [])):
+            module.bfloat16()
+        for parameter in frozen:
+            parameter.data = parameter.data.bfloat16()
+    average = copy.deepcopy(unet, {id(p): p for p in frozen}).requires_grad_(False).eval()    # shares what is frozen
+    return average, torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], args.lr, weight_decay=.01, fused=True)
+
+
+def mean_of_processes(tensors):
+    """Each tensor becomes its mean over the processes of torchrun."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+
+
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def attention_kernel(args):
+    """Explicit attention trains faster than the fused kernel where sequences are short, as on the toy's CPU."""
+    return nullcontext() if args.device.startswith("cuda") else sdpa_kernel(SDPBackend.MATH)
+
+
 def compute_losses(model, scorer, batch, args, generator):
     """What the objective minimises, "loss", and its parts: a dict of scalars."""
-    # explicit attention trains faster than the fused kernel where sequences are short, as on the toy's CPU
-    kernel = sdpa_kernel(SDPBackend.MATH) if model.device.type == "cpu" else nullcontext()
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"), kernel:
+    with autocast(args):
         B = len(batch.images)
         if args.objective == "ip2p":
             r = torch.rand(B, generator=generator)
@@ -133,6 +168,8 @@ def parse(argv):
     p = Parser("train.py", description=__doc__.split("\n")[0])
     p.add_argument("--objective", choices=("cycle", "ip2p", "identity"), default="cycle",
                    help="cycle consistency, supervised pairs, or denoising the input given itself")
+    p.add_argument("--train", choices=("all", "cross-attention"), default="all",
+                   help="the whole UNet, or its cross-attention and input convolution: the rest stays, in --precision")
     p.add_argument("--model", help="directory or hub id to start from (default: the toy model, or Stable Diffusion 1.5)")
     p.add_argument("--unet", help="subfolder of the UNet to start from (default: unet; of the toy model, text2image)")
     p.add_argument("--clip", help="directory or hub id of the CLIP that judges")
@@ -207,10 +244,11 @@ def run(args):
                               steps=args.identity_steps, output=args.output / "identity")
         run(identity)
         model = EditModel.from_pretrained(identity.output / "model", args.device)
-    unet = model.unet.requires_grad_(True).train()
-    unet.checkpointing = args.checkpointing
-    ema = copy.deepcopy(unet).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(unet.parameters(), args.lr, weight_decay=.01)
+    saved = copy.copy(model)                                  # with the frozen parts as they came
+    saved.vae, saved.text_encoder = (copy.deepcopy(part).cpu() for part in (model.vae, model.text_encoder))
+    unet, (ema, optimizer) = model.unet, prepare(model, scorer, args)
+    saved.unet = ema
+    rank = dist.get_rank() if dist.is_initialized() else 0
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("steps", "output", "log_every", "save_every", "workers")}
     first, rows, best, sums = 0, [], float("inf"), {}
     state_file = args.output / "state.pt"
@@ -227,22 +265,28 @@ def run(args):
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         first, rows, best, sums = state["step"], state["rows"], state["best"], state["sums"]
-    print(f"{args.objective} training of {sum(p.numel() for p in unet.parameters()):,} parameters on {args.device}, "
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    print(f"{args.objective} training of {sum(p.numel() for p in trained):,} parameters on {args.device}, "
           f"{args.precision}, from step {first}; " + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
 
     loader = batches(train, args.batch_size, args.seed, first * args.accumulate, args.workers)
     shown = next(batches(validation, 8, seed=0)).to(args.device)
-    started, progress = time.time(), tqdm(total=args.steps, initial=first, desc="train")
+    started, progress = time.time(), tqdm(total=args.steps, initial=first, desc="train", disable=rank > 0)
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.lr)
         for part in range(args.accumulate):
-            generator = torch.Generator().manual_seed(((args.seed * 1_000_003 + step) * args.accumulate + part) % 2 ** 63)
+            # parts and processes count alike: P processes do what one does with P times the --accumulate
+            seed = ((args.seed * 1_000_003 + step) * args.accumulate + part) * args.processes + rank
+            generator = torch.Generator().manual_seed(seed % 2 ** 63)
             losses = compute_losses(model, scorer, next(loader).to(args.device), args, generator)
             (losses["loss"] / args.accumulate).backward()
+            losses = {name: loss.detach() for name, loss in losses.items()}
+            mean_of_processes(losses.values())
             for name, loss in losses.items():
-                sums[name] = sums.get(name, 0) + loss.detach() / (args.log_every * args.accumulate)
-        if not torch.nn.utils.clip_grad_norm_(unet.parameters(), args.clip_grad).isfinite():
+                sums[name] = sums.get(name, 0) + loss / (args.log_every * args.accumulate)
+        mean_of_processes(p.grad for p in trained)
+        if not torch.nn.utils.clip_grad_norm_(trained, args.clip_grad).isfinite():
             raise ValueError(f"the gradient is not finite at step {step + 1}; the last checkpoint is kept: try a smaller --lr")
         optimizer.step()
         optimizer.zero_grad()
@@ -252,19 +296,21 @@ def run(args):
         if done % args.log_every == 0:
             memory = (torch.cuda.max_memory_allocated() if args.device.startswith("cuda")
                       else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
-            images = done * args.batch_size * args.accumulate
-            rate = (images - first * args.batch_size * args.accumulate) / (time.time() - started)
+            images = done * args.batch_size * args.accumulate * args.processes
+            rate = images / done * (done - first) / (time.time() - started)
             rows.append({"step": done, "images": images} | {k: round(v.item(), 4) for k, v in sums.items()})
             tqdm.write(", ".join(f"{k} {v}" for k, v in rows[-1].items()) + f", {rate:.1f} images/s, {memory:.1f} GiB")
             sums = {}
-        if done % args.save_every == 0 or done == args.steps:
+        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             model.unet = ema
             score = validate(model, scorer, validation, args)
             score = score["cec" if args.objective == "cycle" else "loss"]
             tqdm.write(f"step {done}: validation {'L_CEC' if args.objective == 'cycle' else 'loss'} {score:.4f}")
             for name in ("best", "model") if score < best else ("model",):
-                model.save_pretrained(args.output / name)
-            save_png(figure(model, shown), args.output / f"step-{done:06d}.png")
+                saved.save_pretrained(args.output / name)
+            with autocast(args):
+                picture = figure(model, shown)
+            save_png(picture, args.output / f"step-{done:06d}.png")
             model.unet = unet
             best = min(best, score)
             if rows:
@@ -272,13 +318,23 @@ def run(args):
             replace_file(state_file, lambda path: torch.save(
                 {"unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
                  "rows": rows, "best": best, "sums": sums, "settings": settings}, path))
+    if dist.is_initialized():
+        dist.barrier()                                        # nobody reads or ends before all is written
 
 
 def main(argv=None):
     parser, args = parse(argv)
     quiet_transformers()
+    on_cuda, args.processes = args.device.startswith("cuda"), int(os.environ.get("WORLD_SIZE", 1))
+    if args.processes > 1:                                    # under torchrun
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+        if dist.get_rank():                                   # the first alone writes and prints
+            sys.stdout = open(os.devnull, "w")
     try:
-        run(args)
+        with attention_kernel(args):                          # around the backward pass, too, which may recompute
+            run(args)
     except torch.OutOfMemoryError:
         parser.error(f"the memory of {args.device} is too small; choose a smaller --batch-size and a larger --accumulate")
     except (ValueError, OSError) as error:

@@ -114,9 +114,10 @@ def with_image_channels(config, state):
 
 @torch.no_grad()
 def update_average(average, model, step, decay=.9999):
-    """The exponential moving average of the weights, warmed up as InstructPix2Pix does: min(decay, (1 + n) / (10 + n))."""
+    """The exponential moving average of what trains, warmed up as InstructPix2Pix does: min(decay, (1 + n) / (10 + n))."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), weight)
 
 
 class EditModel:

@@ -3,6 +3,7 @@ model), and back. Frozen throughout the paper; parameter names are those of the 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from attention import Attention
 from unet import Block, Downsample, ResnetBlock, Upsample, check_size, complete_config
@@ -121,7 +122,8 @@ def in_parts(network, x, pixels):
 class VAE(nn.Module):
     """The autoencoder. config: a dict with the keys of SD15_VAE, as in vae/config.json; what is missing is taken
     from SD15_VAE, what this file does not implement is a ValueError. Latents are unscaled here: the diffusion
-    model's z_0 is `scaling_factor` times the latents, while InstructPix2Pix's image latents stay as they are."""
+    model's z_0 is `scaling_factor` times the latents, while InstructPix2Pix's image latents stay as they are.
+    With `checkpointing` set, images are decoded one by one and once more in the backward pass: less memory."""
 
     def __init__(self, config):
         super().__init__()
@@ -129,7 +131,7 @@ class VAE(nn.Module):
             levels = len(config["block_out_channels"])
             config = {**{key: list(kinds) * levels for key, kinds in BLOCK_TYPES.items()}, **config}
         self.config = c = complete_config("vae", config, SD15_VAE, FIXED, BLOCK_TYPES)
-        self.scaling_factor = c["scaling_factor"]
+        self.scaling_factor, self.checkpointing = c["scaling_factor"], False
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant_conv = nn.Conv2d(2 * c["latent_channels"], 2 * c["latent_channels"], 1)
         self.post_quant_conv = nn.Conv2d(c["latent_channels"], c["latent_channels"], 1)
@@ -149,7 +151,11 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Unscaled latents (B, latent_channels, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
         pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(self.decoder.up_blocks) - 1)
-        return in_parts(lambda z: self.decoder(self.post_quant_conv(z)), latents, pixels)
+        def decoder(z):
+            return self.decoder(self.post_quant_conv(z))
+        if self.checkpointing:
+            return torch.cat([checkpoint(decoder, z, use_reentrant=False, preserve_rng_state=False) for z in latents.split(1)])
+        return in_parts(decoder, latents, pixels)
 
 
 def modern_names(state_dict):

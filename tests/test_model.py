@@ -182,6 +182,15 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(expected, checkpo
     torch.testing.assert_close(results[0][2], results[1][2])
 
 
+def test_checkpointing_decodes_image_by_image_and_once_more(checkpoint):
+    vae, z, calls, gradients = EditModel.from_pretrained(checkpoint).vae, torch.randn(3, 4, 8, 8, requires_grad=True), [], []
+    vae.decoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    for vae.checkpointing in (False, True):
+        gradients += torch.autograd.grad(vae.decode(z).square().sum(), z)
+    assert calls == [3] + [1] * 6
+    torch.testing.assert_close(*gradients)
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 def edit_json(file, **changes):

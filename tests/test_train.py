@@ -1,7 +1,10 @@
 """train.py as a user runs it, in the toy world, a few steps at a time; and evaluate.py's judgement of edits by the truth."""
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -187,6 +190,51 @@ def test_only_the_unet_trains(whole):
     assert len(saved["optimizer"]["state"]) == len(list(start.unet.parameters()))
     gradients = [moments["exp_avg"].abs().max() for moments in saved["optimizer"]["state"].values()]
     assert min(gradients) > 0                                 # weight decay alone moves a parameter, too
+
+
+def test_cross_attention_alone_trains_and_resumes(tmp_path):
+    flags = ["--train", "cross-attention", "--precision", "bf16", "--model", TOY, "--unet", "unet", "--lr", ".1"]
+    whole, stopped = run(tmp_path / "whole", 2, *flags), tmp_path / "stopped"
+    for steps in (1, 2):
+        run(stopped, steps, *flags)
+    start, saved, resumed = EditModel.from_pretrained(TOY), state(whole), state(stopped)
+    for name, before in start.unet.state_dict().items():
+        after = saved["unet"][name]
+        assert torch.equal(after, resumed["unet"][name]) and torch.equal(saved["ema"][name], resumed["ema"][name]), name
+        if ".attn2." in name or name.startswith("conv_in."):
+            assert after.dtype == torch.float32 and not torch.equal(after, before) and not torch.equal(saved["ema"][name], before)
+        else:
+            assert torch.equal(after, before.bfloat16()) and torch.equal(after, saved["ema"][name]), name
+    assert len(saved["optimizer"]["state"]) == 2 + 5 * sum(name.endswith("attn2.to_q.weight") for name in saved["unet"])
+    model = EditModel.from_pretrained(whole / "model")        # its frozen parts are not rounded
+    for part in ("vae", "text_encoder"):
+        assert all(map(torch.equal, getattr(model, part).parameters(), getattr(start, part).parameters()))
+
+
+def test_two_processes_are_two_parts_of_a_step(tmp_path):
+    """The cycle with all its random numbers: two processes of one sample each end as one with --accumulate 2, whose two
+    parts are a batch of two (below)."""
+    flags = [*TOY_MODEL, "--data", "toy", "--unet", "unet", "--lr", ".1", "--batch-size", "1"]
+    one = run(tmp_path / "one", 2, *flags, "--accumulate", 2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__, *FAST, *flags,
+               "--steps", "2", "--output", str(tmp_path / "two")]
+    said = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("training of") == 1 and said.stdout.count("step 2: validation") == 1
+    one, two = state(one), state(tmp_path / "two")
+    start = EditModel.from_pretrained(TOY).unet.state_dict()
+    for part in ("unet", "ema"):
+        difference, change = (max((a[part][k] - b[k]).abs().max() for k in start) for a, b in
+                              ((two, one[part]), (one, start)))
+        assert difference < .01 * change
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert a == pytest.approx(b, abs=2e-4)
+
+
+def test_checkpointing_trains_the_same(tmp_path):
+    plain, less = (state(run(tmp_path / str(len(flags)), 1, *TOY_MODEL, "--unet", "unet", "--lr", ".1", *flags))["unet"]
+                   for flags in ((), ("--checkpointing",)))
+    assert all(torch.allclose(plain[k], less[k], atol=1e-4) for k in plain)
 
 
 def test_the_cycle_from_text_to_image_first_learns_to_use_its_input(tmp_path):
