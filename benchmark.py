@@ -1,59 +1,306 @@
-"""What an edit costs on the machine at hand, at the full size of Stable Diffusion 1.5, with random weights: no download.
+"""What editing and training cost on the machine at hand, with random weights of SD 1.5's size or the toy's: no download.
 
-    python benchmark.py                          # 512x512, 4 steps
-    python benchmark.py --save random-sd15       # also writes the model, for edit.py --model random-sd15
+    python benchmark.py --size toy
+    python benchmark.py --size sd15 --output sd15.json
+    python benchmark.py --size sd15 --device cuda         # every figure of the README, in less than 8 minutes
+    python benchmark.py --save random-sd15                # only writes the model, for edit.py and, with its clip, train.py
+
+FLOPs are counted by torch on the same network without data.  The machine's peak is what a large matrix product reaches.
 """
+import argparse
+import functools
+import gc
+import itertools
+import json
+import os
 import platform
 import resource
+import statistics
+import subprocess
 import time
 from pathlib import Path
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cli import Parser, device, positive_int
-from uip2p import EditModel
+import train
+from cli import Parser, device, positive_int, quiet_transformers, replace_file
+from data import Batch
+from losses import ClipScorer
+from uip2p import EditModel, read_json, update_average
 from unet import SD15, UNet
 from vae import SD15_VAE, VAE
 
-TOKENIZER = Path(__file__).resolve().parent / "models/toy/tokenizer"
+TOY = Path(__file__).resolve().parent / "models/toy"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TEXT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408)
+VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+SCALES = {3: (7.5, 1.5), 2: (7.5, 1.), 1: (1., 1.)}           # guidance scales that need so many branches
+BATCHES = 1, 4, 16, 64, 256                                   # of training, to the largest that fits
+REPEATS, SLOW = 5, 10                                         # what takes more than SLOW seconds runs once, not warmed up
+COLUMNS = "what", "batch", "s", "spread", "images/s", "GiB", "TFLOP", "TFLOP/s", "of peak", "of plain"
 
 
-def random_model(where, dtype):
-    """InstructPix2Pix with random weights: UNet 860 M parameters, VAE 84 M, text encoder 123 M."""
+def random_model(size, where):
+    """(EditModel, ClipScorer) with random float32 weights: the toy's, or InstructPix2Pix's and CLIP ViT-L/14's."""
     torch.manual_seed(0)
+    configs = SD15, SD15_VAE, CLIPTextConfig(**TEXT), CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=768)
+    length = 77
+    if size == "toy":
+        configs = (*(read_json(TOY / part / "config.json") for part in ("unet", "vae")),
+                   CLIPTextConfig.from_pretrained(TOY / "text_encoder"), CLIPConfig.from_pretrained(TOY / "clip"))
+        length = configs[2].max_position_embeddings
     with torch.device(where):
-        parts = UNet(SD15), VAE(SD15_VAE), CLIPTextModel(CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408))
-    return EditModel(*(part.to(dtype).requires_grad_(False).eval() for part in parts),
-                     CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77), {"steps_offset": 1})
+        *parts, clip = (network(config).requires_grad_(False).eval() for network, config in
+                        zip((UNet, VAE, CLIPTextModel, CLIPModel), configs))
+    tokenizer = CLIPTokenizer.from_pretrained(TOY / "tokenizer", model_max_length=length)
+    return EditModel(*parts, tokenizer, {"steps_offset": 1}), ClipScorer(clip, tokenizer)
 
 
-def main():
+@torch.no_grad()
+def plain_edit(model, images, instructions, steps, text_guidance, image_guidance, noise):
+    """The reference: `EditModel.edit` as its equations stand, three branches always, the text projected in every step."""
+    image_latents = model.vae.encode(images.to(model.device, model.dtype))
+    no_text = model.encode_text([""] * len(images))
+    context = torch.cat([model.encode_text(instructions), no_text, no_text])              # (3B, L, D)
+    conditions = torch.cat([image_latents, image_latents, torch.zeros_like(image_latents)])
+    z_t = noise.to(image_latents)
+    for step in model.ddim_timesteps(steps):
+        t = torch.full((len(z_t),), step, device=model.device)
+        eps = model.unet(torch.cat([z_t.repeat(3, 1, 1, 1), conditions], dim=1), t.repeat(3), context)
+        with_text, with_image, without = eps.chunk(3)
+        eps = without + image_guidance * (with_image - without) + text_guidance * (with_text - with_image)
+        z_0 = model.remove_noise(z_t, eps, t)
+        z_t = model.add_noise(z_0, eps, (t - 1000 // steps).clamp(min=0))
+    return model.decode(z_t).clamp(-1, 1)
+
+
+def count(run):
+    """The FLOPs of run(), which works on the meta device, of explicit attention: that of the fused kernels, too."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+class Table:
+    """Times what it is given while `budget` seconds last, prints it line by line, and keeps it for the JSON file."""
+
+    def __init__(self, where, dtype, budget):
+        self.where, self.cuda, self.rows, self.end = where, where.startswith("cuda"), [], time.time() + budget
+        self.peak = self.bandwidth = self.rate = float("inf")  # FLOP/s, bytes/s; FLOP/s of the line before, to plan by
+        print(f"{COLUMNS[0]:44}" + "".join(f"{name:>10}" for name in COLUMNS[1:]))
+        n, nbytes = (8192, 2 ** 31) if self.cuda else (2048, 2 ** 28)
+        a, b = torch.randn(2, n, n, device=where).to(dtype)
+        source, target = torch.empty(2, nbytes, dtype=torch.uint8, device=where)
+        self.peak = 2 * n ** 3 / self.line(f"matrix product of {n}x{n}, {dtype}", None, lambda: a @ b, 2 * n ** 3)
+        self.bandwidth = 2 * nbytes / self.line(f"copy of {nbytes / 2 ** 30:g} GiB", None, lambda: target.copy_(source))
+        self.rate = self.peak / 4
+        print(f"the machine's peak: {self.peak / 1e12:.3g} TFLOP/s, {self.bandwidth / 1e9:.3g} GB/s", flush=True)
+
+    def seconds(self, run):
+        start = time.perf_counter()
+        run()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def line(self, what, batch, run, flops=0, nbytes=0, plain=None, reserve=0):
+        """Measures run(); returns the median of its seconds, or None where it does not fit into memory or would not end
+        `reserve` seconds before the time is up.  flops, nbytes: what it computes or moves; plain: the reference's seconds."""
+        guess, row = flops / self.rate, {"what": what, "batch": batch}
+        warm_up, repeats = (0, 1) if guess > SLOW else (1, REPEATS)
+        if time.time() + guess * (warm_up + repeats) > self.end - reserve:
+            row["skipped"] = "not measured: no time"
+        else:
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            elif os.path.exists("/proc/self/clear_refs"):
+                Path("/proc/self/clear_refs").write_text("5")  # Linux begins a new peak
+            try:
+                times = [self.seconds(run) for _ in range(warm_up + repeats)][warm_up:]
+            except torch.OutOfMemoryError:
+                row["skipped"] = "does not fit"
+        if "skipped" not in row:
+            s, memory = statistics.median(times), (torch.cuda.max_memory_allocated() if self.cuda else
+                                                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            self.rate = flops / s if flops else self.rate
+            row |= {"s": s, "spread": (max(times) - min(times)) / s if repeats > 1 else None,
+                    "images/s": batch and batch / s, "GiB": memory / 2 ** 30, "TFLOP": flops / 1e12 or None,
+                    "TFLOP/s": flops / s / 1e12 or None, "of peak": (flops / self.peak + nbytes / self.bandwidth) / s or None,
+                    "of plain": plain and s / plain}
+        self.rows.append(row)
+        cells = [row["skipped"]] if "skipped" in row else [
+            "" if row[name] is None else f"{row[name]:.0%}" if name in ("spread", "of peak", "of plain") else f"{row[name]:.3g}"
+            for name in COLUMNS[2:]]
+        print(f"{what:44}{batch or '':>10}" + "".join(f" {cell:>9}" for cell in cells), flush=True)
+        return row.get("s")
+
+    def bottleneck(self, whole, parts):
+        """Prints and keeps which of the parts, [(what, times in the whole, seconds)], takes the largest share of the whole."""
+        parts = [(times * s, what) for what, times, s in parts if s]
+        share, what = max(parts)[0] / sum(s for s, _ in parts), max(parts)[1]
+        row = next(r for r in reversed(self.rows) if r["what"] == what)
+        self.rows.append({"bottleneck of": whole, "is": what, "share": share})
+        print(f"the bottleneck of {whole}: {what}, {share:.0%} of the time, at {row['of peak']:.0%} of the machine's peak")
+
+
+def training(table, size, which, checkpointing, batches, parts_of, reserve):
+    """The lines of the cycle's training step, of 256x256 or the toy's 32x32; for the batch `parts_of` also its parts."""
+    gc.collect()                                              # the networks of the lines before
+    args = train.parse(["--device", table.where, "--train", which, *["--checkpointing"] * checkpointing,
+                        *([] if size == "toy" else ["--data", "random", "--precision", "bf16"])])[1]
+    meta, real = random_model(size, "meta"), random_model(size, table.where)
+    meta[1].clip.set_attn_implementation("eager")             # the other asks for values
+    train.prepare(*meta, argparse.Namespace(**vars(args) | {"precision": "fp32"}))          # nor does autocast know meta tensors
+    average, optimizer = train.prepare(*real, args)
+    trained = [p for p in real[0].unet.parameters() if p.requires_grad]
+    factor = real[0].vae_factor
+
+    def zeros(model, batch, channels, side):
+        return torch.zeros(batch, channels, side, side, device=model.device, requires_grad=True)
+
+    def losses(model, scorer, batch):
+        images, texts = zeros(model, batch, 3, args.resolution).detach(), ["make it snow"] * batch
+        return train.compute_losses(model, scorer, Batch(images, *[texts] * 4), args, torch.Generator())["loss"]
+
+    def unet(model, scorer, batch):
+        t = torch.full((batch,), 500, device=model.device)
+        return model.unet(zeros(model, batch, 8, args.resolution // factor), t, model.encode_text(["make it snow"] * batch), [])
+
+    def decode(model, scorer, batch):
+        return model.vae.decode(zeros(model, batch, 4, args.resolution // factor))
+
+    def clip(model, scorer, batch):
+        return scorer.embed_images(zeros(model, batch, 3, args.resolution))
+
+    def backward(part, model, scorer, batch):
+        with train.attention_kernel(args):
+            with train.autocast(args):
+                loss = part(model, scorer, batch).float().square().mean()
+            loss.backward()
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
+        optimizer.step()
+        update_average(average, real[0].unet, 0)
+
+    def step(batch):
+        backward(losses, *real, batch)
+        update()
+        optimizer.zero_grad()
+
+    name, flops = f"training step, {which}{', checkpointing' * checkpointing}", count(lambda: backward(losses, *meta, 2)) / 2
+    for batch in batches:
+        if not table.line(name, batch, lambda: step(batch), batch * flops, reserve=reserve):
+            break
+        if batch == parts_of:
+            parts = [(what, times, table.line(what, batch, lambda: backward(part, *real, batch),
+                                              count(lambda: backward(part, *meta, 2)) / 2 * batch, reserve=reserve))
+                     for what, times, part in (("UNet and its backward", 2.5, unet), ("VAE decode and its backward", 2, decode),
+                                               ("CLIP and its backward", 3 * max(args.views, 1), clip))]
+            moved = 13 * 4 * sum(p.numel() for p in trained)  # clipping moves a weight's 4 bytes 3 times, AdamW 7, the average 3
+            what = "clipping, AdamW, moving average"
+            table.bottleneck(f"{name}, batch {batch}", [*parts, (what, 1, table.line(what, batch, update, nbytes=moved))])
+
+
+def edits(table, size, dtype):
+    """The lines of editing, of 512x512 or the toy's 32x32."""
+    gc.collect()
+    (model, _), (meta, _) = random_model(size, table.where), random_model(size, "meta")
+    for part in (model.unet, model.vae, model.text_encoder):
+        part.to(dtype)
+    side = 32 if size == "toy" else 512
+    latent = 4, side // model.vae_factor, side // model.vae_factor
+
+    def zeros(m, *shape):
+        return torch.zeros(shape, device=m.device, dtype=m.dtype)
+
+    def unet(m, batch):
+        return m.unet(zeros(m, batch, 8, *latent[1:]), torch.full((batch,), 500, device=m.device),
+                      zeros(m, batch, m.tokenizer.model_max_length, m.unet.config["cross_attention_dim"]))
+
+    def encode(m, batch):
+        return m.vae.encode(zeros(m, batch, 3, side, side))
+
+    def decode(m, batch):
+        return m.vae.decode(zeros(m, batch, *latent))
+
+    with torch.no_grad():
+        cost = {part: count(lambda: part(meta, 1)) for part in (unet, encode, decode)}
+        parts = [(what, times, table.line(what, batch, lambda: part(model, batch), batch * cost[part]))
+                 for what, batch, times, part in (("UNet forward", 1, 0, unet), ("UNet forward, three branches", 3, 50, unet),
+                                                  ("VAE encode", 1, 1, encode), ("VAE decode", 1, 1, decode))]
+    table.bottleneck("an edit of 50 steps", parts)
+
+    def line(what, run, batch, steps, branches, plain=None):
+        images, noise, texts = torch.zeros(batch, 3, side, side), torch.zeros(batch, *latent), ["make it snow"] * batch
+        return table.line(f"{what}, {steps} steps, {branches} branches", batch,
+                          lambda: run(images, texts, steps, *SCALES[branches], noise),
+                          batch * (steps * branches * cost[unet] + cost[encode] + cost[decode]), plain=plain)
+
+    plain = {}
+    for batch, steps in itertools.product((1, 8), (1, 5, 15, 50)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            model.unet.to(memory_format=layout), model.vae.to(memory_format=layout)
+            if layout == torch.contiguous_format:
+                plain[batch, steps] = line("plain loop", functools.partial(plain_edit, model), batch, steps, 3)
+        for branches in (3, 2, 1):
+            line("edit", model.edit, batch, steps, branches, plain[batch, steps])
+    if (table.cuda or size == "toy") and table.end - time.time() > 120:
+        model.unet.compile(mode="reduce-overhead")
+        texts = ["make it snow"]
+        print(f"compiled in {table.seconds(lambda: model.edit(torch.zeros(1, 3, side, side), texts, 1)):.0f} s")
+        for steps in (5, 50):
+            line("compiled edit", model.edit, 1, steps, 3, plain[1, steps])
+
+
+def header(args):
+    """The hardware, driver and versions, as a dict."""
+    cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
+        if os.path.exists("/proc/cpuinfo") else []
+    facts = {"CPU": cpu[0] if cpu else platform.processor(), "threads": torch.get_num_threads(),
+             "load before": os.getloadavg()[0]}
+    if args.device.startswith("cuda"):
+        driver = subprocess.check_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True)
+        facts |= {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda, "driver": driver.split()[0]}
+    return facts | {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+                    "transformers": transformers.__version__, "size": args.size, "precision of editing": args.precision}
+
+
+def main(argv=None):
     p = Parser("benchmark.py", description=__doc__.split("\n")[0])
-    p.add_argument("--resolution", type=positive_int, default=512)
-    p.add_argument("--steps", type=positive_int, default=4)
+    p.add_argument("--size", choices=("sd15", "toy"), default="sd15")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32")
-    p.add_argument("--save", help="folder for the random model")
-    args = p.parse_args()
-    model = random_model(args.device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision])
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, {platform.machine()}, torch {torch.__version__}, {args.precision}, "
-          f"{args.resolution}x{args.resolution}, {args.steps} steps, three branches of guidance")
+    p.add_argument("--precision", choices=DTYPES, help="of editing (fp16 on CUDA, else fp32)")
+    p.add_argument("--budget", type=positive_int, default=480, help="seconds; what does not fit is not measured (%(default)s)")
+    p.add_argument("--output", type=Path, help="a .json file")
+    p.add_argument("--save", type=Path, help="only writes the random model into this folder, and its CLIP into clip/")
+    args = p.parse_args(argv)
+    quiet_transformers()
+    cuda, toy = args.device.startswith("cuda"), args.size == "toy"
+    args.precision = args.precision or ("fp16" if cuda else "fp32")
     if args.save:
+        model, scorer = random_model(args.size, "cpu")
         model.save_pretrained(args.save)
-    images = torch.rand(1, 3, args.resolution, args.resolution) * 2 - 1
-    for attempt in ("first", "second"):
-        start = time.time()
-        try:
-            model.edit(images, ["make it snow"], args.steps).cpu()
-        except ValueError as error:                           # a resolution or number of steps that the model cannot do
-            p.error(str(error))
-        print(f"{attempt} edit: {time.time() - start:.1f} s")
-    peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory: {peak / 2 ** 30:.1f} GiB")
+        scorer.clip.save_pretrained(args.save / "clip")
+        scorer.tokenizer.save_pretrained(args.save / "clip")
+        return
+    facts = header(args)
+    print("\n".join(f"{k}: {v}" for k, v in facts.items()))
+    table, rest = Table(args.device, DTYPES[args.precision], args.budget), args.budget * .6
+    if cuda or toy:
+        training(table, args.size, "cross-attention", cuda, (1, 16), None, rest)
+        training(table, args.size, "all", True, BATCHES if cuda else (16,), None, rest)
+        training(table, args.size, "all", False, BATCHES, 16, rest)
+    else:
+        print("not measured: training all, and other batches, for which a laptop's memory and time are too small")
+        training(table, args.size, "cross-attention", True, (1,), 1, rest)
+    edits(table, args.size, DTYPES[args.precision])
+    if args.output:
+        replace_file(args.output, lambda path: path.write_text(json.dumps({"machine": facts, "rows": table.rows}, indent=1)))
 
 
 if __name__ == "__main__":
