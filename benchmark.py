@@ -39,6 +39,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408)
 VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
 SCALES = {3: (7.5, 1.5), 2: (7.5, 1.), 1: (1., 1.)}           # guidance scales that need so many branches
+STEPS = 1, 5, 15, 50
 BATCHES = 1, 4, 16, 64, 256                                   # of training, to the largest that fits
 REPEATS, SLOW = 5, 10                                         # what takes more than SLOW seconds runs once, not warmed up
 COLUMNS = "what", "batch", "s", "spread", "images/s", "GiB", "TFLOP", "TFLOP/s", "of peak", "of plain"
@@ -88,16 +89,19 @@ def count(run):
 class Table:
     """Times what it is given while `budget` seconds last, prints it line by line, and keeps it for the JSON file."""
 
-    def __init__(self, where, dtype, budget):
+    def __init__(self, where, budget):
         self.where, self.cuda, self.rows, self.end = where, where.startswith("cuda"), [], time.time() + budget
-        self.peak = self.bandwidth = self.rate = float("inf")  # FLOP/s, bytes/s; FLOP/s of the line before, to plan by
         print(f"{COLUMNS[0]:44}" + "".join(f"{name:>10}" for name in COLUMNS[1:]))
+
+    def machine(self, dtype):
+        """Measures the machine's peaks in a precision, by a large matrix product and a large copy."""
+        self.peak = self.bandwidth = self.rate = float("inf")  # FLOP/s, bytes/s; FLOP/s of the line before, to plan by
         n, nbytes = (8192, 2 ** 31) if self.cuda else (2048, 2 ** 28)
-        a, b = torch.randn(2, n, n, device=where).to(dtype)
-        source, target = torch.empty(2, nbytes, dtype=torch.uint8, device=where)
+        a, b = torch.randn(2, n, n, device=self.where).to(dtype)
+        source, target = torch.empty(2, nbytes, dtype=torch.uint8, device=self.where)
         self.peak = 2 * n ** 3 / self.line(f"matrix product of {n}x{n}, {dtype}", None, lambda: a @ b, 2 * n ** 3)
         self.bandwidth = 2 * nbytes / self.line(f"copy of {nbytes / 2 ** 30:g} GiB", None, lambda: target.copy_(source))
-        self.rate = self.peak / 4
+        self.rate = self.peak / 2
         print(f"the machine's peak: {self.peak / 1e12:.3g} TFLOP/s, {self.bandwidth / 1e9:.3g} GB/s", flush=True)
 
     def seconds(self, run):
@@ -112,7 +116,7 @@ class Table:
         `reserve` seconds before the time is up.  flops, nbytes: what it computes or moves; plain: the reference's seconds."""
         guess, row = flops / self.rate, {"what": what, "batch": batch}
         warm_up, repeats = (0, 1) if guess > SLOW else (1, REPEATS)
-        if time.time() + guess * (warm_up + repeats) > self.end - reserve:
+        if guess and time.time() + guess * (warm_up + repeats) > self.end - reserve:
             row["skipped"] = "not measured: no time"
         else:
             if self.cuda:
@@ -141,6 +145,8 @@ class Table:
     def bottleneck(self, whole, parts):
         """Prints and keeps which of the parts, [(what, times in the whole, seconds)], takes the largest share of the whole."""
         parts = [(times * s, what) for what, times, s in parts if s]
+        if not parts:                                         # there was no time for any
+            return
         share, what = max(parts)[0] / sum(s for s, _ in parts), max(parts)[1]
         row = next(r for r in reversed(self.rows) if r["what"] == what)
         self.rows.append({"bottleneck of": whole, "is": what, "share": share})
@@ -242,7 +248,7 @@ def edits(table, size, dtype):
                           batch * (steps * branches * cost[unet] + cost[encode] + cost[decode]), plain=plain)
 
     plain = {}
-    for batch, steps in itertools.product((1, 8), (1, 5, 15, 50)):
+    for batch, steps in itertools.product((1, 8), STEPS):
         for layout in (torch.contiguous_format, torch.channels_last):
             model.unet.to(memory_format=layout), model.vae.to(memory_format=layout)
             if layout == torch.contiguous_format:
@@ -253,7 +259,7 @@ def edits(table, size, dtype):
         model.unet.compile(mode="reduce-overhead")
         texts = ["make it snow"]
         print(f"compiled in {table.seconds(lambda: model.edit(torch.zeros(1, 3, side, side), texts, 1)):.0f} s")
-        for steps in (5, 50):
+        for steps in STEPS[1::2]:
             line("compiled edit", model.edit, 1, steps, 3, plain[1, steps])
 
 
@@ -290,7 +296,8 @@ def main(argv=None):
         return
     facts = header(args)
     print("\n".join(f"{k}: {v}" for k, v in facts.items()))
-    table, rest = Table(args.device, DTYPES[args.precision], args.budget), args.budget * .6
+    table, rest = Table(args.device, args.budget), args.budget * .6
+    table.machine(DTYPES["fp32" if toy and not cuda else "bf16"])                         # train.py's precision
     if cuda or toy:
         training(table, args.size, "cross-attention", cuda, (1, 16), None, rest)
         training(table, args.size, "all", True, BATCHES if cuda else (16,), None, rest)
@@ -298,6 +305,7 @@ def main(argv=None):
     else:
         print("not measured: training all, and other batches, for which a laptop's memory and time are too small")
         training(table, args.size, "cross-attention", True, (1,), 1, rest)
+    table.machine(DTYPES[args.precision])
     edits(table, args.size, DTYPES[args.precision])
     if args.output:
         replace_file(args.output, lambda path: path.write_text(json.dumps({"machine": facts, "rows": table.rows}, indent=1)))

@@ -18,17 +18,37 @@ def test_an_edit_is_what_the_plain_loop_gives(checkpoint, expected, branches, dt
     assert (edited - reference).norm() / reference.norm() < tolerance
 
 
-def test_the_table_of_the_toy_in_half_a_minute(tmp_path, capsys, monkeypatch):
+def test_what_does_not_fit_is_not_measured(capsys):
+    table, ran = benchmark.Table("cpu", 100), []
+    table.rate = table.peak = table.bandwidth = 1e9
+    assert table.line("short", 2, lambda: ran.append(1), flops=1e9) > 0 and len(ran) == 1 + benchmark.REPEATS
+    assert table.line("long", 2, lambda: ran.append(1), flops=table.rate * 101) is None and len(ran) == 1 + benchmark.REPEATS
+    table.rate = 1e9                                          # what takes more than 10 s is measured once, if at all
+    assert table.line("slow", 2, lambda: ran.append(1), flops=1e9 * 20) > 0 and len(ran) == 2 + benchmark.REPEATS
+    assert table.line("reserved", 2, lambda: ran.append(1), flops=table.rate * 20, reserve=90) is None
+    def full():
+        raise torch.OutOfMemoryError("too large")
+    assert table.line("large", 2, full) is None
+    assert [row.get("skipped") for row in table.rows] == [None, "not measured: no time", None, "not measured: no time", "does not fit"]
+    assert capsys.readouterr().out.count("not measured: no time") == 2
+
+
+def test_the_table_of_the_toy(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "REPEATS", 1)
-    benchmark.main(["--size", "toy", "--budget", "25", "--output", str(tmp_path / "out.json")])
+    monkeypatch.setattr(benchmark, "BATCHES", (16,))
+    monkeypatch.setattr(benchmark, "STEPS", (1, 5))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: None)
+    benchmark.main(["--size", "toy", "--budget", "10000", "--output", str(tmp_path / "out.json")])
     rows, said = json.loads((tmp_path / "out.json").read_text())["rows"], capsys.readouterr().out
     named = {(row.get("what"), row.get("batch")): row for row in rows}
-    assert len([what for what, _ in named if what and "branches" in what and what.startswith("edit")]) == 24
+    assert len([what for what, _ in named if what and "branches" in what and what.startswith("edit")]) == 12
     edit, plain = (named[what + ", 1 steps, 3 branches", 1] for what in ("edit", "plain loop"))
     assert edit["of plain"] == pytest.approx(edit["s"] / plain["s"]) and 0 < edit["of peak"] < 1
     unet, encode, decode = (named[part, 1]["TFLOP"] for part in ("UNet forward", "VAE encode", "VAE decode"))
     assert named["edit, 5 steps, 2 branches", 8]["TFLOP"] == pytest.approx(8 * (10 * unet + encode + decode))
-    assert "not measured: no time" in said and said.count("bottleneck of") == 1 and "machine's peak" in said
+    assert 0 < named["training step, all", 16]["of peak"] < 1 and 0 < named["CLIP and its backward", 16]["of peak"] < 1
+    assert "the bottleneck of an edit of 50 steps: UNet" in said and "the bottleneck of training step, all, batch 16: " in said
+    assert "the machine's peak" in said and "torch: " in said and ("compiled edit, 5 steps, 3 branches", 1) in named
 
 
 def test_flops_are_those_of_multiplications_and_additions_in_fused_attention_too():
