@@ -29,7 +29,7 @@ from cli import Parser, device, non_negative_float, number, positive_int, quiet_
 from data import Folder, Mix, Shards, batches, open_source, read_texts
 from losses import WEIGHTS, ClipScorer, cycle_losses
 from pictures import curves, grid, overlay, save_png
-from uip2p import EditModel, cycle, edit_map, noise_error, update_average
+from uip2p import EditModel, cycle, delta_edit, edit_map, noise_error, update_average
 
 HERE = Path(__file__).resolve().parent
 # what the paper says, but for the batch; and what was measured to suit a model a thousand times smaller, in ten minutes
@@ -40,7 +40,7 @@ TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), r
 TOY_RUNS = {"cycle": dict(batch_size=16, steps=500, lr=1e-4), "ip2p": dict(batch_size=64, steps=2000, lr=1e-3),
             "identity": dict(batch_size=64, steps=800, lr=1e-3)}
 FROM_TEXT2IMAGE = dict(identity_steps=500, lr=2e-4, t_min=500)  # a UNet that does not know yet what its image is for
-CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views", "identity_steps")
+CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views", "delta", "identity_steps")
 NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise")}
 
 
@@ -75,9 +75,14 @@ def round_trip_losses(model, scorer, batch, args, generator):
     t_hat = torch.randint(1000, (B,), generator=generator).to(model.device)
     trip = cycle(model, batch.images, batch.instructions, batch.reverse_instructions, t, t_hat, noise,
                  args.start, args.reverse_start, args.reencode, args.sharp)
-    return cycle_losses(scorer, batch.images, batch.captions, batch.edited_captions, trip,
-                        model.content_tokens(batch.instructions), model.content_tokens(batch.reverse_instructions),
-                        dict(zip(WEIGHTS, args.weights)), args.views, generator)
+    losses = cycle_losses(scorer, batch.images, batch.captions, batch.edited_captions, trip,
+                          model.content_tokens(batch.instructions), model.content_tokens(batch.reverse_instructions),
+                          dict(zip(WEIGHTS, args.weights)), args.views, generator)
+    if args.delta:
+        image_latents = model.vae.encode(batch.images)
+        target = delta_edit(model.start, trip.z_t, t, image_latents, batch.captions, batch.edited_captions)
+        losses["delta"] = noise_error(model, trip.eps, target, t)
+    return losses
 
 
 def prepare(model, scorer, args):
@@ -92,6 +97,9 @@ def prepare(model, scorer, args):
             module.bfloat16()
         for parameter in frozen:
             parameter.data = parameter.data.bfloat16()
+    if args.delta:
+        model.start = copy.copy(model)                        # as it is now, for good
+        model.start.unet = copy.deepcopy(unet).requires_grad_(False).eval()
     average = copy.deepcopy(unet, {id(p): p for p in frozen}).requires_grad_(False).eval()    # shares what is frozen
     return average, torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], args.lr, weight_decay=.01, fused=True)
 
@@ -127,7 +135,7 @@ def compute_losses(model, scorer, batch, args, generator):
         r = .15 * torch.rand(n, generator=generator)
         inputs = batch.images[:n]
         losses["denoise"] = denoising_loss(model, inputs, inputs, batch.captions[:n], r, generator)
-        return losses | {"loss": losses.get("cec", 0) + args.denoise * losses["denoise"]}
+        return losses | {"loss": losses.get("cec", 0) + args.denoise * losses["denoise"] + args.delta * losses.get("delta", 0)}
 
 
 @torch.no_grad()
@@ -187,6 +195,8 @@ def parse(argv):
     p.add_argument("--ema", type=non_negative_float, default=.9999, help="decay of the weights' moving average")
     p.add_argument("--weights", type=non_negative_float, nargs=4, metavar=("CLIP", "ATTN", "SIM", "RECON"), help="of the losses")
     p.add_argument("--denoise", type=non_negative_float, default=1.0, help="weight of denoising the input without text")
+    p.add_argument("--delta", type=non_negative_float, default=0.,
+                   help="weight of the edit that both captions predict, by the UNet of the start")
     p.add_argument("--t-min", type=number(int, 0, 999), help="smallest timestep of the forward edit")
     p.add_argument("--start", choices=("source", "noise"), default="source", help="what is noised for the forward edit")
     p.add_argument("--reverse-start", choices=("source", "edit"), default="source", help="what is noised for the reverse edit")

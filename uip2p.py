@@ -319,15 +319,17 @@ class Cycle:
     reconstructed: torch.Tensor                               # I_recon
     forward_maps: list                                        # A_f, one (B, heads, h, w, L) a layer
     reverse_maps: list                                        # A_r
+    z_t: torch.Tensor                                         # the noisy latents (B, 4, h, w) of the forward edit
+    eps: torch.Tensor                                         # and the noise predicted there
 
 
 def one_step(model, z_t, t, image_latents, context, maps=None):
-    """A single noise prediction and the clean latents it means: the paper's edit (B, 4, h, w), differentiable."""
+    """A single noise prediction eps, and the clean latents it means: the paper's edit.  Both (B, 4, h, w), differentiable."""
     eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, context, maps)
     z_0 = model.remove_noise(z_t, eps, t).clamp(-4, 4)        # the paper does not say; a few clean latents lie beyond
     # at large t the estimate multiplies an error of eps by up to 14, and would its gradient: that is divided out again
     abar = model.alphas_cumprod[t][:, None, None, None]
-    return torch.lerp(z_0.detach(), z_0, (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0))
+    return eps, torch.lerp(z_0.detach(), z_0, (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0))
 
 
 def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, start="source", reverse_start="source",
@@ -347,15 +349,30 @@ def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, st
     A_f, A_r = [], []
 
     z_t = model.add_noise(z_input, noise[0], t) if start == "source" else noise[0]
-    z_edit = one_step(model, z_t, t, z_input / scale, C_f, A_f)                           # (B, 4, h, w)
+    eps, z_edit = one_step(model, z_t, t, z_input / scale, C_f, A_f)                      # (B, 4, h, w)
     if sharp:                                                 # straight-through (arXiv 2606.03911): no blur for CLIP and C_r
         sampled = model.sample(z_input / scale, instructions, noise[0], sharp, **model.guidance)
         z_edit = sampled + z_edit - z_edit.detach()
     I_edit = model.decode(z_edit)                                                         # (B, 3, H, W)
 
-    z_t = model.add_noise(z_input if reverse_start == "source" else z_edit, noise[1], t_hat)
-    z_recon = one_step(model, z_t, t_hat, model.vae.encode(I_edit) if reencode else z_edit / scale, C_r, A_r)
-    return Cycle(I_edit, model.decode(z_recon), A_f, A_r)
+    z_back = model.add_noise(z_input if reverse_start == "source" else z_edit, noise[1], t_hat)
+    _, z_recon = one_step(model, z_back, t_hat, model.vae.encode(I_edit) if reencode else z_edit / scale, C_r, A_r)
+    return Cycle(I_edit, model.decode(z_recon), A_f, A_r, z_t, eps)
+
+
+@torch.no_grad()
+def delta_edit(model, z_t, t, image_latents, captions, edited_captions, guidance=2.):
+    """The noise (B, 4, h, w) that predicts the edit without its instruction, from both captions:
+
+        e(z_t, I, 0) + s (e(z_t, 0, T_edit) - e(z_t, 0, T_input))
+
+    The first branch keeps the image, the difference of the others is the edit (Delta Denoising Score, arXiv 2304.07090).
+    All three are learned without edited images."""
+    no_image = torch.zeros_like(image_latents)
+    x = torch.cat([z_t.repeat(3, 1, 1, 1), torch.cat([image_latents, no_image, no_image])], dim=1)
+    context = model.encode_text([""] * len(z_t) + edited_captions + captions)
+    kept, edited, unedited = model.unet(x, t.repeat(3), context).chunk(3)
+    return kept + guidance * (edited - unedited)
 
 
 def edit_map(model, images, edited, instructions, t=500):
