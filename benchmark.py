@@ -2,7 +2,7 @@
 
     python benchmark.py --size toy
     python benchmark.py --size sd15 --output sd15.json
-    python benchmark.py --size sd15 --device cuda         # every figure of the README, in less than 8 minutes
+    python benchmark.py --size sd15 --device cuda         # what the README calls not measured; about 8 minutes
     python benchmark.py --save random-sd15                # only writes the model, for edit.py and, with its clip, train.py
 
 FLOPs are counted by torch on the same network without data.  The machine's peak is what a large matrix product reaches.
