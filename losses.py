@@ -89,7 +89,8 @@ def attention_loss(forward_maps, reverse_maps):
     and the sum over layers is their mean."""
     def relative(m):
         return m / m.mean((1, 2), keepdim=True).clamp_min(1e-6)
-    return sum(norm(relative(f) - relative(r)).mean() for f, r in zip(forward_maps, reverse_maps, strict=True)) / len(forward_maps)
+    pairs = list(zip(forward_maps, reverse_maps, strict=True))
+    return sum(norm(relative(f) - relative(r)).mean() for f, r in pairs) / len(pairs)
 
 
 def reconstruction_loss(images, reconstructed, E_input, E_recon):

@@ -9,6 +9,7 @@
 sampled together, many times, and the best pairs kept.  --output has InstructPix2Pix's layout (data.py); what it already
 holds is not made again.
 """
+import itertools
 import json
 import os
 import random
@@ -181,19 +182,19 @@ def fit(image, scene):
         return scenes[errors.argmin()], errors.min().item()
 
     def moved(scene, i, spots):
-        return [replace(scene, objects=(*scene.objects[:i], replace(scene.objects[i], x=x, y=y, radius=r), *scene.objects[i + 1:]))
-                for x, y, r in spots]
+        before, old, after = scene.objects[:i], scene.objects[i], scene.objects[i + 1:]
+        return [replace(scene, objects=(*before, replace(old, x=x, y=y, radius=r), *after)) for x, y, r in spots]
 
     steps, best = range(2, toy.SIZE, 2), replace(scene, shade=(0, 0), objects=())
     for o in scene.objects:                                   # one after the other, coarsely
         best = replace(best, objects=(*best.objects, o))
-        best, _ = nearest(moved(best, -1 % len(best.objects), [(x, y, r) for x in steps for y in steps for r in (5, 6, 7)]))
+        best, _ = nearest(moved(best, len(best.objects) - 1, itertools.product(steps, steps, (5, 6, 7))))
     for distance in (1, 1, .5):                               # then all, ever more finely
         shades = [(a, b) for a in (-.12, -.06, 0, .06, .12) for b in (-.12, -.06, 0, .06, .12)]
         best, error = nearest([replace(best, shade=shade) for shade in shades])
         for i, o in enumerate(best.objects):
-            near = (-distance, 0, distance)
-            best, error = nearest(moved(best, i, [(o.x + a, o.y + b, max(o.radius + c, 1)) for a in near for b in near for c in near]))
+            near = itertools.product((-distance, 0, distance), repeat=3)
+            best, error = nearest(moved(best, i, [(o.x + a, o.y + b, max(o.radius + c, 1)) for a, b, c in near]))
     return best, error
 
 

@@ -201,9 +201,11 @@ def parse(argv):
     p.add_argument("--start", choices=("source", "noise"), default="source", help="what is noised for the forward edit")
     p.add_argument("--reverse-start", choices=("source", "edit"), default="source", help="what is noised for the reverse edit")
     p.add_argument("--reencode", action="store_true", help="the reverse edit sees E(D(z_edit)) instead of z_edit")
-    p.add_argument("--sharp", type=number(int, 0, 999), default=0, help="steps of a sampled edit that stands for the one-step estimate")
+    p.add_argument("--sharp", type=number(int, 0, 999), default=0,
+                   help="steps of a sampled edit that stands for the one-step estimate")
     p.add_argument("--views", type=number(int, 0, 64), help="random views of an image that CLIP judges; 0 for the image as it is")
-    p.add_argument("--identity-steps", type=number(int, 0), default=0, help="first, so many of --objective identity (500 from text2image)")
+    p.add_argument("--identity-steps", type=number(int, 0), default=0,
+                   help="first, so many of --objective identity (500 from text2image)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")

@@ -296,7 +296,7 @@ class EditModel:
         stride = len(self.alphas_cumprod) // steps
         for i, t in enumerate(tqdm(timesteps, "denoising", disable=not progress, leave=None)):
             x = torch.cat([z_t.repeat(len(branches), 1, 1, 1), conditions], dim=1)        # (n*B, 8, h, w)
-            eps = self.unet(x, t.expand(len(x)), context, control=control and control(i / steps))        # (n*B, 4, h, w)
+            eps = self.unet(x, t.expand(len(x)), context, control=control and control(i / steps))  # (n*B, 4, h, w)
             eps = sum(w * e for w, e in zip(weights, eps.chunk(len(branches))))           # (B, 4, h, w)
             z_0 = self.remove_noise(z_t, eps, t[None])
             z_t = self.add_noise(z_0, eps, (t[None] - stride).clamp(min=0))

@@ -12,7 +12,7 @@ import losses
 from attention import edit_region, token_maps
 from conftest import GOLDEN
 from losses import ClipScorer, attention_loss, clip_direction_loss, clip_similarity_loss, cycle_losses, reconstruction_loss
-from uip2p import Cycle, EditModel, cycle
+from uip2p import Cycle, EditModel, cycle, delta_edit
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +246,16 @@ def test_the_reconstructions_gradient_flows_through_both_edits(trained, scorer, 
     assert not any(p.grad is not None for part in (trained.vae, trained.text_encoder, scorer.clip) for p in part.parameters())
 
 
+def test_the_delta_edit_keeps_the_image_and_adds_the_difference_of_the_captions(golden, expected):
+    images, noise, t = expected["vae.images"], torch.randn(2, 4, 16, 16), torch.tensor([50, 150])
+    image_latents, none = golden.vae.encode(images), torch.zeros(2, 4, 16, 16)
+    def eps(image, texts):
+        return golden.unet(torch.cat([noise, image], dim=1), t, golden.encode_text(texts))
+    with torch.no_grad():
+        by_hand = eps(image_latents, ["", ""]) + 3 * (eps(none, EDITED) - eps(none, CAPTIONS))
+    torch.testing.assert_close(delta_edit(golden, noise, t, image_latents, CAPTIONS, EDITED, 3.), by_hand, atol=1e-4, rtol=1e-4)
+
+
 def test_a_sharp_edit_has_the_value_of_the_sampled_one_and_the_gradient_of_the_estimate(trained, expected):
     images = expected["vae.images"]
     noise = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))[0]
@@ -277,7 +287,7 @@ def test_L_CEC_joins_the_right_inputs_with_the_papers_weights(scorer):
     images, edited, reconstructed = torch.rand(3, 2, 3, 32, 32, generator=generator) * 2 - 1
     forward, reverse = ([torch.rand(2, 4, 4, 4, 77, generator=generator).softmax(-1)] for _ in range(2))
     tokens_f, tokens_r = (torch.randint(0, 2, (2, 77), generator=generator).float() for _ in range(2))
-    out = cycle_losses(scorer, images, CAPTIONS, EDITED, Cycle(edited, reconstructed, forward, reverse), tokens_f, tokens_r)
+    out = cycle_losses(scorer, images, CAPTIONS, EDITED, Cycle(edited, reconstructed, forward, reverse, None, None), tokens_f, tokens_r)
     E = {name: scorer.embed_images(x).tolist() for name, x in (("in", images), ("edit", edited), ("recon", reconstructed))}
     T, T_edit = scorer.embed_texts(CAPTIONS).tolist(), scorer.embed_texts(EDITED).tolist()
 
@@ -297,7 +307,7 @@ def test_L_CEC_joins_the_right_inputs_with_the_papers_weights(scorer):
         assert out[name].item() == pytest.approx(value, rel=1e-3), name
     assert losses.WEIGHTS == {"clip": 1, "attn": .5, "sim": 1, "recon": 1}
     assert out["cec"].item() == pytest.approx(by_hand["clip"] + .5 * by_hand["attn"] + by_hand["sim"] + by_hand["recon"], rel=1e-3)
-    weighted = cycle_losses(scorer, images, CAPTIONS, EDITED, Cycle(edited, reconstructed, forward, reverse), tokens_f, tokens_r,
+    weighted = cycle_losses(scorer, images, CAPTIONS, EDITED, Cycle(edited, reconstructed, forward, reverse, None, None), tokens_f, tokens_r,
                             {"clip": 2, "attn": 3, "sim": 5, "recon": 0})
     assert weighted["cec"].item() == pytest.approx(2 * by_hand["clip"] + 3 * by_hand["attn"] + 5 * by_hand["sim"], rel=1e-3)
 
@@ -307,7 +317,7 @@ def test_clip_judges_views_of_all_images_alike(scorer, monkeypatch):
     images, edited, reconstructed = torch.rand(3, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     maps, tokens = [torch.ones(2, 1, 4, 4, 1)], torch.ones(2, 1)
     def clip_losses(images, edited, reconstructed, **views):
-        out = cycle_losses(scorer, images, CAPTIONS, EDITED, Cycle(edited, reconstructed, maps, maps), tokens, tokens, **views)
+        out = cycle_losses(scorer, images, CAPTIONS, EDITED, Cycle(edited, reconstructed, maps, maps, None, None), tokens, tokens, **views)
         return [out[name].item() for name in ("clip", "sim")]
     generator = torch.Generator().manual_seed(1)
     shown = [losses.view(torch.cat([images, edited, reconstructed]), generator).chunk(3) for _ in range(2)]

@@ -18,7 +18,7 @@ import toy
 import train
 from losses import ClipScorer, attention_loss
 from pictures import save_png, to_pil
-from uip2p import EditModel
+from uip2p import EditModel, delta_edit
 
 TOY = Path(__file__).resolve().parent.parent / "models/toy"
 pytestmark = pytest.mark.skipif(not (TOY / "text2image").is_dir(), reason="models/toy is not here: run pretrain.py")
@@ -243,6 +243,22 @@ def test_the_cycle_from_text_to_image_first_learns_to_use_its_input(tmp_path):
     assert all(torch.equal(v, identity[k]) for k, v in load_file(path / "model" / UNET).items())
     assert identity["conv_in.weight"][:, 4:].abs().max() > 0 and state(path / "identity")["step"] == 2
     assert not (run(tmp_path / "none", 1, "--identity-steps", 0) / "identity").exists()
+
+
+def test_the_delta_edit_is_that_of_the_start(tmp_path, monkeypatch):
+    """Its weight counts, and its UNet stays as it was when the training began, also when that is resumed."""
+    targets = []
+    def watched(model, *args):
+        targets.append(model.unet.conv_out.weight.clone())
+        return delta_edit(model, *args)
+    monkeypatch.setattr(train, "delta_edit", watched)
+    flags = [*TOY_MODEL, "--unet", "unet", "--lr", .1, "--delta", 2]
+    rows = log(run(tmp_path / "run", 1, *flags))
+    assert rows[0]["loss"] == pytest.approx(rows[0]["cec"] + rows[0]["denoise"] + 2 * rows[0]["delta"], rel=1e-3)
+    assert len(log(run(tmp_path / "run", 2, *flags))) == 2
+    start = load_file(TOY / UNET)["conv_out.weight"].float()
+    assert all(torch.equal(weight, start) for weight in targets) and len(targets) > 2
+    assert not torch.equal(load_file(tmp_path / "run/model" / UNET)["conv_out.weight"].float(), start)
 
 
 @pytest.mark.parametrize("objective", ["ip2p", "identity"])
