@@ -24,27 +24,32 @@ from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, norm
 from pictures import grid, load_image, plot, save_png
 from protocols import (METRICS, PUBLISHED, PUBLISHED_CURVES, SCALES, Dino, compare, directions, load_judge, mean,
                        read_magicbrush, read_test_split, score)
-from uip2p import EditModel
+from uip2p import EditModel, edit_map
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
+ATTENTION = ("A_f IoU", "A_f pointing", "A_r IoU", "A_r pointing")
 SHOWN = 8                                                     # edits in a picture
 
 
 # ---- the truth of the toy world ------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def judge(edits, images, outputs, scorer):
-    """Scores edited images by the truth: a dict of tensors (B,).  L1 and L2 in the range 0-1.
-
-    Of an `add`, which names no place, the truth is the one of all its true edits that is nearest to the output.
-    done: CLIP finds the output nearer to the edited caption than to the input's.
-    right: inside the edit's mask, the output is nearer to the true edit than to the input."""
+def nearest_truth(edits, outputs):
+    """The true edited images (B, 3, S, S); of an `add`, which names no place, the one nearest to the output."""
     truths = []
     for edit, output in zip(edits, outputs):
         candidates = toy.render(toy.truths(edit))
         truths.append(candidates[(candidates - output).abs().mean((1, 2, 3)).argmin()])
-    truth = torch.stack(truths)
+    return torch.stack(truths)
+
+
+@torch.no_grad()
+def judge(edits, images, outputs, scorer):
+    """Scores edited images by the truth: a dict of tensors (B,).  L1 and L2 in the range 0-1.
+
+    done: CLIP finds the output nearer to the edited caption than to the input's.
+    right: inside the edit's mask, the output is nearer to the true edit than to the input."""
+    truth = nearest_truth(edits, outputs)
     mask = toy.edit_mask(images, truth)
     def mean(values, where):
         return (values * where).sum((1, 2, 3)) / (where.sum((1, 2, 3)) * 3).clamp_min(1)
@@ -58,6 +63,22 @@ def judge(edits, images, outputs, scorer):
             "right": (mean(error, mask) < mean((outputs - images).abs() / 2, mask)).float(),
             "CLIP-T": (E_output * E_edited).sum(1),
             "direction": cosine_similarity(E_output - E_input, E_edited - E_caption)}
+
+
+def judge_attention(model, edits, images, outputs):
+    """Whether the attention maps point at the true edit: a dict of tensors (B,), of A_f and of A_r.
+
+    IoU: of the true mask and what of the map is above half of its range; pointing: whether its largest value is in the mask."""
+    mask = toy.edit_mask(images, nearest_truth(edits, outputs))[:, 0]                     # (B, S, S)
+    # each edit is noised to the middle of the schedule, the reverse one towards the input, as in training
+    maps = {"A_f": edit_map(model, images, outputs, [e.instruction for e in edits]),
+            "A_r": edit_map(model, outputs, images, [e.reverse_instruction for e in edits])}
+    scores = {}
+    for name, region in maps.items():
+        marked, highest = region > .5, region.flatten(1).argmax(1, keepdim=True)
+        scores[f"{name} IoU"] = (marked & mask).sum((1, 2)) / (marked | mask).sum((1, 2))
+        scores[f"{name} pointing"] = mask.flatten(1).gather(1, highest)[:, 0].float()
+    return scores
 
 
 def ascend(model, scorer, edits, images, views, steps=60):
@@ -90,16 +111,19 @@ def evaluate_toy(args):
     edits = [toy.edit(args.split, i) for i in range(args.scenes)]
     images, truth = toy.render([e.scene for e in edits]), toy.render([e.edited for e in edits])
     print(f"{args.scenes} {args.split} scenes, seed {args.seed}\n")
-    print("| model | s_T, s_I, steps | " + " | ".join(COLUMNS) + " |\n|---|---|" + "---|" * len(COLUMNS))
+    shown = COLUMNS + ATTENTION * args.attention
+    print("| model | s_T, s_I, steps | " + " | ".join(shown) + " |\n|---|---|" + "---|" * len(shown))
     columns = {"input": images}                               # of the picture
 
-    def report(name, settings, outputs):
+    def report(name, settings, outputs, editor=None):
         scores = judge(edits, images, outputs, scorer)
+        if args.attention and editor:
+            scores |= judge_attention(editor, edits, images, outputs)
         groups = {name: range(len(edits))}
         if args.kinds:
             groups |= {f"{name}, {kind}": range(k, len(edits), len(toy.KINDS)) for k, kind in enumerate(toy.KINDS)}
         for label, rows in groups.items():
-            means = " | ".join(f"{scores[c][list(rows)].mean():.3f}" for c in COLUMNS)
+            means = " | ".join(f"{scores[c][list(rows)].mean():.3f}" if c in scores else "" for c in shown)
             print(f"| {label} | {settings} | {means} |", flush=True)
 
     report("copy of the input", "", images)
@@ -115,7 +139,7 @@ def evaluate_toy(args):
             for s_T, s_I in args.scales:
                 generator = torch.Generator().manual_seed(args.seed)
                 outputs = model.edit(images, [e.instruction for e in edits], steps, s_T, s_I, generator=generator)
-                report(path, f"{s_T:g}, {s_I:g}, {steps}", outputs)
+                report(path, f"{s_T:g}, {s_I:g}, {steps}", outputs, model)
                 columns[f"{path}: {s_T:g}, {s_I:g}, {steps}"] = outputs
     if args.picture:
         columns["true edit"] = truth
@@ -280,6 +304,7 @@ def parser():
     p.add_argument("--scales", nargs="+", type=scales, default=[(1.5, 1.2)], metavar="TEXT:IMAGE", help="guidance, as 1.5:1.2")
     p.add_argument("--seed", type=seed_int, default=0, help="of the noise that the edits start from")
     p.add_argument("--ascent", action="store_true", help="also what CLIP's gradient alone makes of the latents")
+    p.add_argument("--attention", action="store_true", help="also how far the attention maps point at the true edit")
     p.add_argument("--kinds", action="store_true", help="also a row for each kind of edit")
     p.add_argument("--picture", help="a .png file, for the first scenes")
     p.set_defaults(run=evaluate_toy)

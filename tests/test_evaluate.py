@@ -467,3 +467,24 @@ def test_as_a_program(tmp_path):
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch("evaluate.py: error: nowhere/.* is missing.*\n", done.stderr)
+
+
+# ---- attention against the true mask -------------------------------------------------------------------------------------
+
+def test_attention_is_judged_by_the_true_mask(monkeypatch):
+    """A map that is the true mask has IoU 1 and points into it; its opposite 0 and not; half of it half, of either instruction."""
+    edits = [toy.edit("test", i) for i in (0, 2)]             # a colour and a shape
+    images, truth = toy.render([e.scene for e in edits]), toy.render([e.edited for e in edits])
+    mask = toy.edit_mask(images, truth)[:, 0].float()
+    half = mask * (mask.flatten(1).cumsum(1) <= mask.sum((1, 2))[:, None] / 2).view_as(mask)
+    given = {edits[0].instruction: mask, edits[0].reverse_instruction: 1 - mask}
+    def maps(model, images, outputs, instructions):
+        assert len(instructions) == 2
+        return given[instructions[0]]
+    monkeypatch.setattr(evaluate, "edit_map", maps)
+    scores = evaluate.judge_attention(None, edits, images, truth)
+    assert {name: score.tolist() for name, score in scores.items()} == {
+        "A_f IoU": [1, 1], "A_f pointing": [1, 1], "A_r IoU": [0, 0], "A_r pointing": [0, 0]}
+    given = dict.fromkeys(given, half)
+    scores = evaluate.judge_attention(None, edits, images, truth)
+    assert scores["A_r IoU"].tolist() == pytest.approx([.5, .5], abs=.02) and scores["A_r pointing"].tolist() == [1, 1]
