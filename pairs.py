@@ -21,7 +21,6 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
@@ -41,7 +40,7 @@ REAL = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", unet="unet", cl
             steps=100, cfg_text=7.5, resolution=512, batch_size=2, thresholds=[.7, .2, .2, .2])       # InstructPix2Pix's
 TOY = dict(model=str(HERE / "models/toy"), unet="text2image", clip=str(HERE / "models/toy/clip"), samples=8, steps=20,
            cfg_text=3., resolution=toy.SIZE, batch_size=32, edits=1000,
-           thresholds=[.3, .5, .7, .7])                       # of true edits, 92, 98, 100 and 100 % pass
+           thresholds=[.3, .5, .7, .7])                       # of 1000 true edits, 95, 98, 100 and 100 % pass
 SCORES = "image", "direction", "caption", "edited_caption"    # the order of --thresholds
 
 
@@ -62,7 +61,7 @@ def prompt_to_prompt(model, captions, edited_captions, shares, noise, steps, tex
 
     Both start from `noise` (B, 4, h, w); for the first `shares` (B,) of the steps the second has the first's self-attention,
     and its cross-attention to the words that they share."""
-    B, L = len(captions), model.tokenizer.model_max_length
+    B = len(captions)
     tokens = model.tokenizer(captions + edited_captions, padding="max_length", truncation=True).input_ids
     aligned = torch.stack([alignment(*pair) for pair in zip(tokens[:B], tokens[B:])]).to(model.device)[:, None]  # (B, 1, L, L)
     is_new = 1 - aligned.sum(2, keepdim=True)                                              # (B, 1, 1, L)
@@ -93,7 +92,7 @@ def similarities(scorer, images, edited_images, captions, edited_captions):
 
 
 def write_pairs(folder, edit, pairs):
-    """One directory of InstructPix2Pix's layout, whole or not at all: texts, scores, and the images of each pair."""
+    """One directory of InstructPix2Pix's layout, whole or not at all: texts, and of each pair the scores and the images."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -119,12 +118,33 @@ def read_input(args):
     return [edit for _, edits in rows for edit in edits][:args.edits]
 
 
+def sample_pairs(model, scorer, edits, seeds, args):
+    """One pair of images for each edit and seed -> their rows of metadata.jsonl, under InstructPix2Pix's names, the names of
+    the thresholds that they fail, and the images."""
+    side = args.resolution // model.vae_factor
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shares = .1 + .8 * torch.cat([torch.rand(1, generator=g) for g in generators])
+    noise = torch.stack([torch.randn(4, side, side, generator=g) for g in generators]).to(model.device, model.dtype)
+    texts = [[edit[name] for edit in edits] for name in ("caption", "edited_caption")]
+    # explicit attention is faster than the fused kernel where sequences are short, as on the toy's CPU
+    with sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext():
+        images = prompt_to_prompt(model, *texts, shares, noise, args.steps, args.cfg_text)
+    scores = similarities(scorer, *(i.float() for i in images), *texts)
+    for b, pair in enumerate(zip(*images)):
+        score = {name: values[b].item() for name, values in scores.items()}
+        yield ({"seed": seeds[b], "p2p_threshold": shares[b].item(), "cfg_scale": args.cfg_text,
+                "clip_sim_0": score["caption"], "clip_sim_1": score["edited_caption"],
+                "clip_sim_dir": score["direction"], "clip_sim_image": score["image"]},
+               [name for name, least in zip(SCORES, args.thresholds) if score[name] < least], pair)
+
+
 def make(args):
+    """Makes the directories of all edits that --output does not hold yet, and at the end the list of all, seeds.json."""
     model = EditModel.from_pretrained(args.model, args.device, torch.float16 if args.device.startswith("cuda") else torch.float32,
                                       args.unet)
-    scorer = ClipScorer.from_pretrained(args.clip, args.device)
-    side = args.resolution // model.vae_factor
-    edits = read_input(args)
+    scorer, edits = ClipScorer.from_pretrained(args.clip, args.device), read_input(args)
+    if args.resolution % model.vae_factor:
+        raise ValueError(f"--resolution {args.resolution} is no multiple of {model.vae_factor}")
     counts, todo = Counter(), []
     args.output.mkdir(parents=True, exist_ok=True)
     for i, edit in enumerate(edits):
@@ -140,24 +160,11 @@ def make(args):
                 for seed in random.Random(f"{args.seed} {folder.name}").sample(range(2 ** 32), args.samples)]
         found = {folder: [] for folder, _ in group}
         for n in range(0, len(jobs), args.batch_size):
-            batch = jobs[n:n + args.batch_size]
-            generators = [torch.Generator().manual_seed(seed) for _, _, seed in batch]
-            shares = .1 + .8 * torch.cat([torch.rand(1, generator=g) for g in generators])
-            noise = torch.stack([torch.randn(4, side, side, generator=g) for g in generators])
-            texts = [[edit[name] for _, edit, _ in batch] for name in ("caption", "edited_caption")]
-            # explicit attention is faster than the fused kernel where sequences are short, as on the toy's CPU
-            with sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext():
-                images = prompt_to_prompt(model, *texts, shares, noise.to(model.device, model.dtype), args.steps, args.cfg_text)
-            scores = similarities(scorer, *(i.float() for i in images), *texts)
-            for b, (folder, _, seed) in enumerate(batch):
-                score = {name: value[b].item() for name, value in scores.items()}
-                failed = [name for name, least in zip(SCORES, args.thresholds) if score[name] < least]
+            folders, batch, seeds = zip(*jobs[n:n + args.batch_size])
+            for folder, (row, failed, pair) in zip(folders, sample_pairs(model, scorer, batch, seeds, args)):
                 counts.update([*failed, "made", *["passed"] * (not failed)])
                 if not failed:
-                    row = {"seed": seed, "p2p_threshold": shares[b].item(), "cfg_scale": args.cfg_text,
-                           "clip_sim_0": score["caption"], "clip_sim_1": score["edited_caption"],
-                           "clip_sim_dir": score["direction"], "clip_sim_image": score["image"]}
-                    found[folder].append((row, [image[b] for image in images]))
+                    found[folder].append((row, pair))
         for folder, edit in group:
             write_pairs(folder, edit, sorted(found[folder], key=lambda pair: -pair[0]["clip_sim_dir"])[:KEPT])
         progress.update(len(group))
@@ -231,7 +238,9 @@ def biases(args):
     print(f"{unclear} edits left out, whose image is not the scene of its caption (mean error above {CLEAR})\n")
     print("| bias | edits | pairs | Prompt-to-Prompt | share < .5 | share >= .5 | rendered |\n|---|---|---|---|---|---|---|")
     for bias, kinds in BIASES.items():
-        share, changed, rendered = torch.tensor([row for kind in kinds for row in changes[kind]]).T
+        if not (rows := [row for kind in kinds for row in changes[kind]]):
+            continue
+        share, changed, rendered = torch.tensor(rows).T
         means = changed.mean(), changed[share < .5].mean(), changed[share >= .5].mean(), rendered.mean()
         print(f"| {bias} | {', '.join(kinds)} | {len(share)} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
 
@@ -259,6 +268,8 @@ def main(argv=None):
     quiet_transformers()
     try:
         (biases if args.biases else make)(args)
+    except torch.OutOfMemoryError:
+        p.error(f"the memory of {args.device} is too small; choose a smaller --batch-size")
     except (ValueError, OSError) as error:
         p.error(str(error))
 
