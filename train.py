@@ -39,9 +39,9 @@ TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), r
            views=2)
 TOY_RUNS = {"cycle": dict(batch_size=16, steps=500, lr=1e-4), "ip2p": dict(batch_size=64, steps=2000, lr=1e-3),
             "identity": dict(batch_size=64, steps=800, lr=1e-3)}
-FROM_TEXT2IMAGE = dict(identity_steps=500, lr=2e-4, t_min=500)  # a UNet that does not know yet what its image is for
-CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views", "delta", "identity_steps")
-NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise")}
+FROM_TEXT2IMAGE = dict(identity_steps=400, lr=3e-4, t_min=500, delta=5., sharp=5)  # a UNet that does not know its image yet
+CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views", "identity_steps")
+NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise", "delta")}
 
 
 def learning_rate(step, peak, warmup=100):
@@ -79,10 +79,17 @@ def round_trip_losses(model, scorer, batch, args, generator):
                           model.content_tokens(batch.instructions), model.content_tokens(batch.reverse_instructions),
                           dict(zip(WEIGHTS, args.weights)), args.views, generator)
     if args.delta:
-        image_latents = model.vae.encode(batch.images)
-        target = delta_edit(model.start, trip.z_t, t, image_latents, batch.captions, batch.edited_captions)
-        losses["delta"] = noise_error(model, trip.eps, target, t)
+        losses["delta"] = delta_loss(model, batch, model.vae.encode(batch.images), trip.z_t, t, trip.eps)
     return losses
+
+
+def delta_loss(model, batch, image_latents, z_t, t, eps=None):
+    """||eps - `delta_edit`||^2, weighted by `noise_error`: the instruction, in the edit's noise prediction eps (B, 4, h, w) at
+    z_t and t, does what the captions do in the model as the training found it."""
+    if eps is None:
+        eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, model.encode_text(batch.instructions))
+    target = delta_edit(model.start, z_t, t, image_latents, batch.captions, batch.edited_captions)
+    return noise_error(model, eps, target, t)
 
 
 def prepare(model, scorer, args):
@@ -135,6 +142,12 @@ def compute_losses(model, scorer, batch, args, generator):
         r = .15 * torch.rand(n, generator=generator)
         inputs = batch.images[:n]
         losses["denoise"] = denoising_loss(model, inputs, inputs, batch.captions[:n], r, generator)
+        if args.objective == "identity" and args.delta:
+            image_latents = model.vae.encode(batch.images)
+            noise = torch.randn(image_latents.shape, generator=generator).to(image_latents)
+            t = torch.randint(1000, (B,), generator=generator).to(model.device)
+            z_t = model.add_noise(model.vae.scaling_factor * image_latents, noise, t)
+            losses["delta"] = delta_loss(model, batch, image_latents, z_t, t)
         return losses | {"loss": losses.get("cec", 0) + args.denoise * losses["denoise"] + args.delta * losses.get("delta", 0)}
 
 
@@ -205,7 +218,7 @@ def parse(argv):
                    help="steps of a sampled edit that stands for the one-step estimate")
     p.add_argument("--views", type=number(int, 0, 64), help="random views of an image that CLIP judges; 0 for the image as it is")
     p.add_argument("--identity-steps", type=number(int, 0), default=0,
-                   help="first, so many of --objective identity (500 from text2image)")
+                   help="first, so many of --objective identity (400 from text2image)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
@@ -253,7 +266,7 @@ def run(args):
     if args.identity_steps:
         identity = copy.copy(args)
         vars(identity).update(TOY_RUNS["identity"] if args.data == ["toy"] else {}, objective="identity", identity_steps=0,
-                              steps=args.identity_steps, output=args.output / "identity")
+                              delta=0., steps=args.identity_steps, output=args.output / "identity")
         run(identity)
         model = EditModel.from_pretrained(identity.output / "model", args.device)
     saved = copy.copy(model)                                  # with the frozen parts as they came

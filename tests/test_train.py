@@ -252,13 +252,17 @@ def test_the_delta_edit_is_that_of_the_start(tmp_path, monkeypatch):
         targets.append(model.unet.conv_out.weight.clone())
         return delta_edit(model, *args)
     monkeypatch.setattr(train, "delta_edit", watched)
-    flags = [*TOY_MODEL, "--unet", "unet", "--lr", .1, "--delta", 2]
+    flags = [*TOY_UNET, "--unet", "unet", "--lr", .1, "--delta", 2]
     rows = log(run(tmp_path / "run", 1, *flags))
     assert rows[0]["loss"] == pytest.approx(rows[0]["cec"] + rows[0]["denoise"] + 2 * rows[0]["delta"], rel=1e-3)
     assert len(log(run(tmp_path / "run", 2, *flags))) == 2
     start = load_file(TOY / UNET)["conv_out.weight"].float()
     assert all(torch.equal(weight, start) for weight in targets) and len(targets) > 2
     assert not torch.equal(load_file(tmp_path / "run/model" / UNET)["conv_out.weight"].float(), start)
+
+    del targets[:]
+    rows = log(run(tmp_path / "identity", 2, *flags, "--objective", "identity"))
+    assert rows[0]["loss"] == pytest.approx(rows[0]["denoise"] + 2 * rows[0]["delta"], rel=1e-3) and len(targets) == 2 + 4
 
 
 @pytest.mark.parametrize("objective", ["ip2p", "identity"])
