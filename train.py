@@ -39,7 +39,7 @@ TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), r
            views=2)
 TOY_RUNS = {"cycle": dict(batch_size=16, steps=500, lr=1e-4), "ip2p": dict(batch_size=64, steps=2000, lr=1e-3),
             "identity": dict(batch_size=64, steps=800, lr=1e-3)}
-FROM_TEXT2IMAGE = dict(identity_steps=400, lr=3e-4, t_min=500, delta=5., sharp=5)  # a UNet that does not know its image yet
+FROM_TEXT2IMAGE = dict(identity_steps=300, steps=200, lr=2e-4, t_min=500, delta=5., sharp=5)   # it does not know its image yet
 CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views", "identity_steps")
 NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise", "delta")}
 
@@ -218,7 +218,7 @@ def parse(argv):
                    help="steps of a sampled edit that stands for the one-step estimate")
     p.add_argument("--views", type=number(int, 0, 64), help="random views of an image that CLIP judges; 0 for the image as it is")
     p.add_argument("--identity-steps", type=number(int, 0), default=0,
-                   help="first, so many of --objective identity (400 from text2image)")
+                   help="first, so many of --objective identity, and as many with --delta (300 from text2image)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
@@ -263,12 +263,15 @@ def run(args):
     model = EditModel.from_pretrained(args.model, args.device, unet=args.unet)
     scorer = ClipScorer.from_pretrained(args.clip, args.device) if args.objective == "cycle" else None
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.identity_steps:
-        identity = copy.copy(args)
-        vars(identity).update(TOY_RUNS["identity"] if args.data == ["toy"] else {}, objective="identity", identity_steps=0,
-                              delta=0., steps=args.identity_steps, output=args.output / "identity")
-        run(identity)
-        model = EditModel.from_pretrained(identity.output / "model", args.device)
+    if args.identity_steps:                                   # first what the image is for, then what a text may do to it
+        for stage in ("identity", "delta")[:2 if args.delta else 1]:
+            before = copy.copy(args)
+            vars(before).update(TOY_RUNS["identity"] if args.data == ["toy"] else {}, objective="identity", identity_steps=0,
+                                delta=float(stage == "delta"), steps=args.identity_steps, output=args.output / stage)
+            if stage == "delta":
+                before.model, before.unet = str(args.output / "identity/model"), "unet"
+            run(before)
+        model = EditModel.from_pretrained(before.output / "model", args.device)
     saved = copy.copy(model)                                  # with the frozen parts as they came
     saved.vae, saved.text_encoder = (copy.deepcopy(part).cpu() for part in (model.vae, model.text_encoder))
     unet, (ema, optimizer) = model.unet, prepare(model, scorer, args)

@@ -26,9 +26,10 @@ pytestmark = pytest.mark.skipif(not (TOY / "text2image").is_dir(), reason="model
 TOY_UNET = ["--model", str(TOY), "--unet", "text2image", "--resolution", "32"]      # for other data than the toy world's
 TOY_MODEL = [*TOY_UNET, "--clip", str(TOY / "clip")]
 FAST = ["--batch-size", "2", "--log-every", "1", "--save-every", "2"]
-LOSSES = {"cycle": ["clip", "sim", "attn", "recon", "cec", "denoise", "loss"], "identity": ["denoise", "loss"], "ip2p": ["loss"]}
+LOSSES = {"cycle": ["clip", "sim", "attn", "recon", "cec", "delta", "denoise", "loss"], "identity": ["denoise", "loss"],
+          "ip2p": ["loss"]}
 train.TOY_RUNS["identity"]["batch_size"] = 4                      # with which the cycle from text-to-image begins
-train.FROM_TEXT2IMAGE["identity_steps"] = 2
+train.FROM_TEXT2IMAGE |= {"identity_steps": 2, "sharp": 0}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -134,7 +135,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, tmp_path):
     run(path, 4)
     expected, got = contents(whole[0]), contents(path)
     assert got.keys() == expected.keys()
-    assert [name for name in got if name != "state.pt" and got[name] != expected[name]] == []
+    assert [name for name in got if not name.endswith("state.pt") and got[name] != expected[name]] == []
     expected, got = state(whole[0]), state(path)
     assert got["step"] == expected["step"] == 4 and got["rows"] == expected["rows"] and got["best"] == expected["best"]
     for part in ("unet", "ema"):
@@ -146,14 +147,14 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, tmp_path):
 def test_what_a_run_leaves_behind(whole):
     path = whole[0]
     assert {f.name for f in path.iterdir()} == {
-        "best", "identity", "model", "log.csv", "curves.png", "state.pt", "step-000002.png", "step-000004.png"}
+        "best", "identity", "delta", "model", "log.csv", "curves.png", "state.pt", "step-000002.png", "step-000004.png"}
     rows = log(path)
     assert list(rows[0]) == ["step", "images", *LOSSES["cycle"]]
     assert [(row["step"], row["images"]) for row in rows] == [(1, 2), (2, 4), (3, 6), (4, 8)]
     weights = dict(zip(("clip", "attn", "sim", "recon"), options().weights))
     for row in rows:
         assert row["cec"] == pytest.approx(sum(w * row[name] for name, w in weights.items()), abs=1e-3)
-        assert row["loss"] == pytest.approx(row["cec"] + row["denoise"], abs=1e-3)
+        assert row["loss"] == pytest.approx(row["cec"] + row["denoise"] + options().delta * row["delta"], abs=1e-3)
     sizes = {}
     for file in path.glob("*.png"):
         with Image.open(file) as picture:
@@ -170,7 +171,7 @@ def test_the_models_of_a_run_are_the_average_and_load(whole, scorer):
     assert any(not torch.equal(v, saved["unet"][k]) for k, v in last.unet.state_dict().items())
     assert last.defaults == EditModel.from_pretrained(TOY, unet="text2image").defaults
     assert last.edit(torch.zeros(1, 3, 32, 32), ["make the background pink"], steps=2).isfinite().all()
-    args = options("--batch-size", "2")
+    args = options("--batch-size", "2", "--delta", "0")
     score = train.validate(best, scorer, train.open_data("toy", "validation", args), args)["cec"]
     assert score == pytest.approx(saved["best"], rel=1e-4)    # `best` is the model that had this validation loss
 
@@ -239,10 +240,13 @@ def test_checkpointing_trains_the_same(tmp_path):
 
 def test_the_cycle_from_text_to_image_first_learns_to_use_its_input(tmp_path):
     path = run(tmp_path / "run", 1, "--lr", 0)
-    identity = load_file(path / "identity/model" / UNET)
-    assert all(torch.equal(v, identity[k]) for k, v in load_file(path / "model" / UNET).items())
-    assert identity["conv_in.weight"][:, 4:].abs().max() > 0 and state(path / "identity")["step"] == 2
-    assert not (run(tmp_path / "none", 1, "--identity-steps", 0) / "identity").exists()
+    identity, delta, cycle = (load_file(path / part / "model" / UNET) for part in ("identity", "delta", "."))
+    assert all(torch.equal(v, delta[k]) for k, v in cycle.items())
+    assert identity["conv_in.weight"][:, 4:].abs().max() > 0 and state(path / "identity")["step"] == state(path / "delta")["step"] == 2
+    assert list(log(path / "identity")[0]) == ["step", "images", "denoise", "loss"]
+    assert list(log(path / "delta")[0]) == ["step", "images", "denoise", "delta", "loss"]
+    assert not {"identity", "delta"} & {f.name for f in run(tmp_path / "none", 1, "--identity-steps", 0).iterdir()}
+    assert not (run(tmp_path / "plain", 1, "--delta", 0) / "delta").exists()
 
 
 def test_the_delta_edit_is_that_of_the_start(tmp_path, monkeypatch):
