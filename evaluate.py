@@ -24,7 +24,7 @@ from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, norm
 from pictures import grid, load_image, plot, save_png
 from protocols import (METRICS, PUBLISHED, PUBLISHED_CURVES, SCALES, Dino, compare, directions, load_judge, mean,
                        read_magicbrush, read_test_split, score)
-from uip2p import EditModel, edit_map
+from uip2p import EditModel, delta_edit, edit_map
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
@@ -100,6 +100,19 @@ def ascend(model, scorer, edits, images, views, steps=60):
     return model.decode(z).detach().clamp(-1, 1)
 
 
+@torch.no_grad()
+def edit_by_captions(model, edits, images, steps, guidance, generator):
+    """What `delta_edit` makes, which is told both captions instead of the instruction: the cycle's `--delta` learns from it."""
+    image_latents = model.vae.encode(images)
+    z_t, stride = torch.randn(image_latents.shape, generator=generator), 1000 // steps
+    captions, edited_captions = ([scene.caption for scene in scenes] for scenes in zip(*[(e.scene, e.edited) for e in edits]))
+    for step in model.ddim_timesteps(steps):
+        t = torch.full((len(edits),), step)
+        eps = delta_edit(model, z_t, t, image_latents, captions, edited_captions, guidance)
+        z_t = model.add_noise(model.remove_noise(z_t, eps, t), eps, (t - stride).clamp(min=0))
+    return model.decode(z_t).clamp(-1, 1)
+
+
 def scales(text):
     """The argparse type of two guidance scales, text and image."""
     return tuple(map(non_negative_float, text.split(":", 1) if ":" in text else (text, "")))
@@ -141,6 +154,9 @@ def evaluate_toy(args):
                 outputs = model.edit(images, [e.instruction for e in edits], steps, s_T, s_I, generator=generator)
                 report(path, f"{s_T:g}, {s_I:g}, {steps}", outputs, model)
                 columns[f"{path}: {s_T:g}, {s_I:g}, {steps}"] = outputs
+            for guidance in args.captions:
+                outputs = edit_by_captions(model, edits, images, steps, guidance, torch.Generator().manual_seed(args.seed))
+                report(f"{path}, told both captions", f"s = {guidance:g}, {steps}", outputs)
     if args.picture:
         columns["true edit"] = truth
         rows = list(zip(*columns.values()))[:SHOWN]
@@ -304,6 +320,8 @@ def parser():
     p.add_argument("--scales", nargs="+", type=scales, default=[(1.5, 1.2)], metavar="TEXT:IMAGE", help="guidance, as 1.5:1.2")
     p.add_argument("--seed", type=seed_int, default=0, help="of the noise that the edits start from")
     p.add_argument("--ascent", action="store_true", help="also what CLIP's gradient alone makes of the latents")
+    p.add_argument("--captions", type=non_negative_float, nargs="+", default=[], metavar="GUIDANCE",
+                   help="also the edits that both captions make, without an instruction")
     p.add_argument("--attention", action="store_true", help="also how far the attention maps point at the true edit")
     p.add_argument("--kinds", action="store_true", help="also a row for each kind of edit")
     p.add_argument("--picture", help="a .png file, for the first scenes")

@@ -488,3 +488,13 @@ def test_attention_is_judged_by_the_true_mask(monkeypatch):
     given = dict.fromkeys(given, half)
     scores = evaluate.judge_attention(None, edits, images, truth)
     assert scores["A_r IoU"].tolist() == pytest.approx([.5, .5], abs=.02) and scores["A_r pointing"].tolist() == [1, 1]
+
+
+def test_the_edit_by_captions_is_sampled_as_any_other():
+    """Without guidance it is the image's branch alone; with it, the captions count."""
+    model, edits = EditModel.from_pretrained("models/toy"), [toy.edit("test", i) for i in range(2)]
+    images = toy.render([e.scene for e in edits])
+    by_captions = [evaluate.edit_by_captions(model, edits, images, 4, guidance, torch.Generator().manual_seed(0)) for guidance in (0, 2)]
+    plain = model.edit(images, ["", ""], 4, text_guidance=0, image_guidance=1, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(by_captions[0], plain, atol=1e-3, rtol=0)
+    assert (by_captions[1] - plain).abs().mean() > .01
