@@ -288,6 +288,8 @@ def main(argv=None):
     quiet_transformers()
     cuda, toy = args.device.startswith("cuda"), args.size == "toy"
     args.precision = args.precision or ("fp16" if cuda else "fp32")
+    if args.output and not args.output.parent.is_dir():
+        p.error(f"--output {args.output}: there is no such folder")
     if args.save:
         model, scorer = random_model(args.size, "cpu")
         model.save_pretrained(args.save)

@@ -104,7 +104,7 @@ def ascend(model, scorer, edits, images, views, steps=60):
 def edit_by_captions(model, edits, images, steps, guidance, generator):
     """What `delta_edit` makes, which is told both captions instead of the instruction: the cycle's `--delta` learns from it."""
     image_latents = model.vae.encode(images)
-    z_t, stride = torch.randn(image_latents.shape, generator=generator), 1000 // steps
+    z_t, stride = torch.randn(image_latents.shape, generator=generator), len(model.alphas_cumprod) // steps
     captions, edited_captions = ([scene.caption for scene in scenes] for scenes in zip(*[(e.scene, e.edited) for e in edits]))
     for step in model.ddim_timesteps(steps):
         t = torch.full((len(edits),), step)

@@ -35,7 +35,7 @@ def picture(path, size=None):
     image, file = to_pil(load_image(path)), io.BytesIO()
     image = image.resize(size, Image.Resampling.LANCZOS) if size else image
     image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    image.save(file, "JPEG", quality=95, subsampling=0)       # about 15 MB for 15 edits by six methods
+    image.save(file, "JPEG", quality=95, subsampling=0)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">', image.size
 
 

@@ -39,7 +39,7 @@ TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), r
            views=2)
 TOY_RUNS = {"cycle": dict(batch_size=16, steps=500, lr=1e-4), "ip2p": dict(batch_size=64, steps=2000, lr=1e-3),
             "identity": dict(batch_size=64, steps=800, lr=1e-3)}
-FROM_TEXT2IMAGE = dict(identity_steps=300, steps=200, lr=2e-4, t_min=500, delta=5., sharp=5)   # it does not know its image yet
+FROM_TEXT2IMAGE = dict(identity_steps=300, steps=200, lr=2e-4, t_min=500, delta=5., sharp=5)   # it cannot use an image yet
 CYCLE_ONLY = ("clip", "weights", "t_min", "start", "reverse_start", "reencode", "sharp", "views", "identity_steps")
 NOT_FOR = {"cycle": (), "identity": CYCLE_ONLY, "ip2p": (*CYCLE_ONLY, "denoise", "delta")}
 
@@ -83,11 +83,9 @@ def round_trip_losses(model, scorer, batch, args, generator):
     return losses
 
 
-def delta_loss(model, batch, image_latents, z_t, t, eps=None):
+def delta_loss(model, batch, image_latents, z_t, t, eps):
     """||eps - `delta_edit`||^2, weighted by `noise_error`: the instruction, in the edit's noise prediction eps (B, 4, h, w) at
     z_t and t, does what the captions do in the model as the training found it."""
-    if eps is None:
-        eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, model.encode_text(batch.instructions))
     target = delta_edit(model.start, z_t, t, image_latents, batch.captions, batch.edited_captions)
     return noise_error(model, eps, target, t)
 
@@ -124,7 +122,7 @@ def autocast(args):
 
 
 def attention_kernel(args):
-    """Explicit attention trains faster than the fused kernel where sequences are short, as on the toy's CPU."""
+    """Explicit attention is faster than the fused kernel where sequences are short, as on the toy's CPU."""
     return nullcontext() if args.device.startswith("cuda") else sdpa_kernel(SDPBackend.MATH)
 
 
@@ -147,7 +145,8 @@ def compute_losses(model, scorer, batch, args, generator):
             noise = torch.randn(image_latents.shape, generator=generator).to(image_latents)
             t = torch.randint(1000, (B,), generator=generator).to(model.device)
             z_t = model.add_noise(model.vae.scaling_factor * image_latents, noise, t)
-            losses["delta"] = delta_loss(model, batch, image_latents, z_t, t)
+            eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, model.encode_text(batch.instructions))
+            losses["delta"] = delta_loss(model, batch, image_latents, z_t, t, eps)
         return losses | {"loss": losses.get("cec", 0) + args.denoise * losses["denoise"] + args.delta * losses.get("delta", 0)}
 
 
