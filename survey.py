@@ -21,6 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from cli import Parser, positive_int, replace_file, seed_int
+from data import parse_json
 from pictures import LARGEST, load_image, to_pil
 from protocols import read_magicbrush
 
@@ -94,14 +95,11 @@ def wilson(chosen, shown, z=1.96):
 
 def read(path):
     try:
-        content = json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def count(key, files):
