@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 import edit
@@ -24,7 +23,8 @@ from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, norm
 from pictures import grid, load_image, plot, save_png
 from protocols import (METRICS, PUBLISHED, PUBLISHED_CURVES, SCALES, Dino, compare, directions, load_judge, mean,
                        read_magicbrush, read_test_split, score)
-from uip2p import EditModel, delta_edit, edit_map
+from truth import judge, judge_attention
+from uip2p import EditModel, delta_edit
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
@@ -33,53 +33,6 @@ SHOWN = 8                                                     # edits in a pictu
 
 
 # ---- the truth of the toy world ------------------------------------------------------------------------------------------
-
-def nearest_truth(edits, outputs):
-    """The true edited images (B, 3, S, S); of an `add`, which names no place, the one nearest to the output."""
-    truths = []
-    for edit, output in zip(edits, outputs):
-        candidates = toy.render(toy.truths(edit))
-        truths.append(candidates[(candidates - output).abs().mean((1, 2, 3)).argmin()])
-    return torch.stack(truths)
-
-
-@torch.no_grad()
-def judge(edits, images, outputs, scorer):
-    """Scores edited images by the truth: a dict of tensors (B,).  L1 and L2 in the range 0-1.
-
-    done: CLIP finds the output nearer to the edited caption than to the input's.
-    right: inside the edit's mask, the output is nearer to the true edit than to the input."""
-    truth = nearest_truth(edits, outputs)
-    mask = toy.edit_mask(images, truth)
-    def mean(values, where):
-        return (values * where).sum((1, 2, 3)) / (where.sum((1, 2, 3)) * 3).clamp_min(1)
-    error = (outputs - truth).abs() / 2
-    E_input, E_output = scorer.embed_images(images), scorer.embed_images(outputs)
-    E_caption = scorer.embed_texts([e.scene.caption for e in edits])
-    E_edited = scorer.embed_texts([e.edited.caption for e in edits])
-    return {"L1": error.mean((1, 2, 3)), "L2": error.square().mean((1, 2, 3)),
-            "inside": mean(error, mask), "outside": mean(error, ~mask),
-            "done": ((E_output * E_edited).sum(1) > (E_output * E_caption).sum(1)).float(),
-            "right": (mean(error, mask) < mean((outputs - images).abs() / 2, mask)).float(),
-            "CLIP-T": (E_output * E_edited).sum(1),
-            "direction": cosine_similarity(E_output - E_input, E_edited - E_caption)}
-
-
-def judge_attention(model, edits, images, outputs):
-    """Whether the attention maps point at the true edit: a dict of tensors (B,), of A_f and of A_r.
-
-    IoU: of the true mask and what of the map is above half of its range; pointing: whether its largest value is in the mask."""
-    mask = toy.edit_mask(images, nearest_truth(edits, outputs))[:, 0]                     # (B, S, S)
-    # each edit is noised to the middle of the schedule, the reverse one towards the input, as in training
-    maps = {"A_f": edit_map(model, images, outputs, [e.instruction for e in edits]),
-            "A_r": edit_map(model, outputs, images, [e.reverse_instruction for e in edits])}
-    scores = {}
-    for name, region in maps.items():
-        marked, highest = region > .5, region.flatten(1).argmax(1, keepdim=True)
-        scores[f"{name} IoU"] = (marked & mask).sum((1, 2)) / (marked | mask).sum((1, 2))
-        scores[f"{name} pointing"] = mask.flatten(1).gather(1, highest)[:, 0].float()
-    return scores
-
 
 def ascend(model, scorer, edits, images, views, steps=60):
     """Images whose latents minimise L_CLIP + L_sim + half the pixel distance to the input, by Adam, with no network in

@@ -37,6 +37,11 @@ CLIP = dict(
     text_config=dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4),
     vision_config=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
                        image_size=toy.SIZE, patch_size=4))
+JUDGE = dict(                                                 # sees other patches, is wider, and reads with fewer layers
+    projection_dim=96, logit_scale_init_value=math.log(10),
+    text_config=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=6),
+    vision_config=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=8,
+                       image_size=toy.SIZE, patch_size=8))
 AUTOENCODER = dict(
     _class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1,
     block_out_channels=[24, 48, 64], norm_num_groups=8, act_fn="silu", sample_size=toy.SIZE,
@@ -107,14 +112,13 @@ def batch_of_edits(step, size, split="train"):
     return [toy.edit(split, step * size + i) for i in range(size)]
 
 
-def pretrain_clip(path, steps, precision):
+def pretrain_clip(folder, tokenizer, config, steps, precision):
     """Contrastive training on (image, caption).  A batch holds scenes and their edits, so that near neighbours must be
     told apart; images that share a caption are no negatives of each other.  Blur and noise on the images keep the
     embedding meaningful where the losses need it: on one-step estimates, which are blurred."""
-    tokenizer = make_tokenizer(path / "tokenizer")
     special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                    pad_token_id=tokenizer.eos_token_id, vocab_size=len(tokenizer))
-    clip = CLIPModel._from_config(CLIPConfig(**CLIP | dict(text_config=CLIP["text_config"] | special)),
+    clip = CLIPModel._from_config(CLIPConfig(**config | dict(text_config=config["text_config"] | special)),
                                   attn_implementation="eager")
     mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
 
@@ -135,14 +139,14 @@ def pretrain_clip(path, steps, precision):
         logits = similarities(scenes, images)
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
-    train(clip, loss_of, steps, 1e-3, precision, "clip")
-    clip.eval().half().save_pretrained(path / "clip")
-    clip.text_model.save_pretrained(path / "text_encoder")
-    tokenizer.save_pretrained(path / "clip")
+    train(clip, loss_of, steps, 1e-3, precision, folder.name)
+    clip.eval().half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     scenes = list({s.caption: s for s in (toy.edit("test", i).scene for i in range(400))}.values())[:100]
     with torch.no_grad():
         found = similarities(scenes, toy.render(scenes)).argmax(1) == torch.arange(100)
-    print(f"CLIP: the right one among the captions of 100 test scenes in {found.float().mean():.0%}")
+    print(f"{folder.name}: the right one among the captions of 100 test scenes in {found.float().mean():.0%}")
+    return clip
 
 
 def pretrain_vae(path, steps, precision):
@@ -202,16 +206,17 @@ def pretrain_text2image(path, steps, precision):
     print(f"text2image: CLIP finds the right one among 100 captions for {(found == torch.arange(100)).float().mean():.0%}")
 
 
-def main():
+def main(argv=None):
     p = Parser("pretrain.py", description=__doc__.split("\n")[0])
     p.add_argument("--output", type=Path, default=HERE / "models/toy")
-    p.add_argument("--parts", nargs="+", choices=("clip", "vae", "text2image"), default=("clip", "vae", "text2image"))
-    p.add_argument("--clip-steps", type=positive_int, default=2500)
+    p.add_argument("--parts", nargs="+", choices=("clip", "vae", "text2image", "judge"), default=("clip", "vae", "text2image"),
+                   help="a judge is a second CLIP, which no training sees (claims.py)")
+    p.add_argument("--clip-steps", type=positive_int, default=2500, help="also of the judge")
     p.add_argument("--vae-steps", type=positive_int, default=2500)
     p.add_argument("--text2image-steps", type=positive_int, default=5000)
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster where the CPU has AMX")
     p.add_argument("--seed", type=number(int, 0, 2 ** 32), default=0)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if "text2image" in args.parts:
         for part in ("clip", "vae"):
             if part not in args.parts and not (args.output / part / "config.json").is_file():
@@ -220,11 +225,15 @@ def main():
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         if part == "clip":
-            pretrain_clip(args.output, args.clip_steps, args.precision)
+            tokenizer = make_tokenizer(args.output / "tokenizer")
+            clip = pretrain_clip(args.output / "clip", tokenizer, CLIP, args.clip_steps, args.precision)
+            clip.text_model.save_pretrained(args.output / "text_encoder")
         if part == "vae":
             pretrain_vae(args.output, args.vae_steps, args.precision)
         if part == "text2image":
             pretrain_text2image(args.output, args.text2image_steps, args.precision)
+        if part == "judge":
+            pretrain_clip(args.output / "judge", make_tokenizer(args.output / "judge"), JUDGE, args.clip_steps, args.precision)
 
 
 if __name__ == "__main__":

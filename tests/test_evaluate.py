@@ -20,6 +20,7 @@ import toy
 from losses import ClipScorer
 from pictures import load_image, plot, save_png
 from protocols import METRICS, Dino, compare, directions, preprocess, read_magicbrush, read_test_split
+from truth import judge_attention
 from uip2p import EditModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -481,12 +482,13 @@ def test_attention_is_judged_by_the_true_mask(monkeypatch):
     def maps(model, images, outputs, instructions):
         assert len(instructions) == 2
         return given[instructions[0]]
-    monkeypatch.setattr(evaluate, "edit_map", maps)
-    scores = evaluate.judge_attention(None, edits, images, truth)
+    monkeypatch.setattr("truth.edit_map", maps)
+    scores = judge_attention(None, edits, images, truth)
     assert {name: score.tolist() for name, score in scores.items()} == {
-        "A_f IoU": [1, 1], "A_f pointing": [1, 1], "A_r IoU": [0, 0], "A_r pointing": [0, 0]}
+        "A_f IoU": [1, 1], "A_f pointing": [1, 1], "A_r IoU": [0, 0], "A_r pointing": [0, 0], "agreement": [0, 0],
+        "mask": pytest.approx(mask.mean((1, 2)).tolist())}
     given = dict.fromkeys(given, half)
-    scores = evaluate.judge_attention(None, edits, images, truth)
+    scores = judge_attention(None, edits, images, truth)
     assert scores["A_r IoU"].tolist() == pytest.approx([.5, .5], abs=.02) and scores["A_r pointing"].tolist() == [1, 1]
 
 

@@ -189,3 +189,17 @@ def test_samples_are_a_pure_function_of_split_index_and_seed():
 @pytest.mark.parametrize("split", toy.SPLITS)
 def test_the_kinds_of_edits_are_equally_frequent(split):
     assert len(set(Counter(e.kind for e in EDITS[split]).values())) == 1
+
+
+def test_edits_in_turn_lead_from_scene_to_scene():
+    """Each edit starts where the last one ended, names no place, and is not taken back by a later one."""
+    for index in range(60):
+        edits = toy.chain("test", index)
+        assert edits[0].scene == toy.edit("test", index).scene and len({e.kind for e in edits}) == len(edits) == 3
+        names, background = read_caption(edits[0].scene.caption)
+        for e, after in zip(edits, [*edits[1:], None]):
+            assert e.kind != "add" and e.edited.objects and (after is None or after.scene is e.edited)
+            names, background = obey(e.instruction, names, background)
+        assert (names, background) == read_caption(edits[-1].edited.caption)
+        assert toy.edit_mask(*toy.render([edits[0].scene, edits[-1].edited])[:, None]).any()
+    assert toy.chain("test", 3) == toy.chain("test", 3)

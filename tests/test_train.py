@@ -18,6 +18,7 @@ import toy
 import train
 from losses import ClipScorer, attention_loss
 from pictures import save_png, to_pil
+from truth import judge
 from uip2p import EditModel, delta_edit
 
 TOY = Path(__file__).resolve().parent.parent / "models/toy"
@@ -508,18 +509,19 @@ def test_an_instruction_without_content_words_leaves_the_loss_finite():
 # ---- the judge -----------------------------------------------------------------------------------------------------------
 
 def judged(edits, scenes, scorer):
-    return evaluate.judge(edits, toy.render([e.scene for e in edits]), toy.render(scenes), scorer)
+    return judge(edits, toy.render([e.scene for e in edits]), toy.render(scenes), scorer)
 
 
 def test_the_true_edit_is_right_and_the_copy_is_not(scorer):
     edits = [toy.edit("test", i) for i in range(15)]
     true, copy = judged(edits, [e.edited for e in edits], scorer), judged(edits, [e.scene for e in edits], scorer)
-    assert set(true) == set(evaluate.COLUMNS) and all(v.shape == (15,) for v in true.values())
+    assert set(true) == {*evaluate.COLUMNS, "CLIP-I"} and all(v.shape == (15,) for v in true.values())
     for name in ("L1", "L2", "inside", "outside"):
         assert true[name].max() == 0
     assert true["right"].min() == 1 and copy["right"].max() == 0
     assert copy["outside"].max() < .01 and copy["inside"].min() > .02
     assert copy["L1"].min() > 0 and copy["direction"].abs().max() < 1e-3
+    assert true["CLIP-I"].min() > .999 > .95 > copy["CLIP-I"].mean()
     assert true["done"].mean() > copy["done"].mean() and true["CLIP-T"].mean() > copy["CLIP-T"].mean()
 
 
@@ -528,7 +530,7 @@ def test_damage_outside_the_edit_counts_as_outside_alone(scorer):
     images, output = toy.render([edit.scene]), toy.render([edit.edited])
     mask = toy.edit_mask(images, output)
     damaged = torch.where(mask, output, output + .2)
-    scores = evaluate.judge([edit], images, damaged, scorer)
+    scores = judge([edit], images, damaged, scorer)
     assert scores["inside"].item() == 0 and scores["right"].item() == 1 and scores["outside"].item() == pytest.approx(.1, rel=1e-4)
     assert scores["L1"].item() == pytest.approx(.1 * (~mask).float().mean().item(), rel=1e-3)
 
@@ -551,7 +553,7 @@ def test_the_ascent_climbs_clip_from_the_input(model, scorer, views):
     edits = [toy.edit("validation", i) for i in range(8)]
     images = toy.render([e.scene for e in edits])
     outputs = evaluate.ascend(model, scorer, edits, images, views, steps=15)
-    assert evaluate.judge(edits, images, outputs, scorer)["direction"].mean() > .3
+    assert judge(edits, images, outputs, scorer)["direction"].mean() > .3
 
 
 def test_the_table_of_a_few_scenes(whole, capsys):

@@ -1,0 +1,215 @@
+"""Decides the paper's claims in the toy world: trains the editors they compare, several seeds of each, and asks the truth.
+
+    python claims.py                              # five seeds, two trainings side by side: two hours of two cores
+    python claims.py --seeds 0 --output runs/one  # one seed: half an hour
+
+Every training has its folder below --output, with scores.json once it is judged: the same command resumes.  The end is
+claims.md, .json and .png there.  The CLIP that judges is not the one that trained: another seed, another architecture.
+"""
+import contextlib
+import json
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import pretrain
+import toy
+import train
+from cli import Parser, device, positive_int, quiet_transformers, replace_file, seed_int
+from losses import ClipScorer
+from pictures import grid, save_png
+from truth import judge, judge_attention
+from uip2p import EditModel
+
+SHOWN, STEPS, SCENES = 6, 15, 250                             # edits in the picture; denoising steps and test scenes of a score
+# the paper's ablation, at its weights, CLIP's losses on the image as it is; what it adds is in the README
+CYCLE = ["--model", "{folder}/baseline/model", "--sharp", "5", "--views", "0", "--steps", "400", "--weights"]
+RUNS = {"baseline": ("supervised baseline", ["--objective", "ip2p"]),
+        "scratch": ("the cycle from text-to-image, with L_delta", ["--steps", "300"]),
+        "base": ("from the baseline: L_CLIP + L_recon", [*CYCLE, "1", "0", "0", "1"]),
+        "sim": ("+ L_sim", [*CYCLE, "1", "0", "1", "1"]),
+        "attn": ("+ L_attn: the full loss", [*CYCLE, "1", ".5", "1", "1"])}
+EDITS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-I", "CLIP-T", "direction")
+MORE = ("L1, 5 steps", "L1, 50 steps", "right, 5 steps", "right, 50 steps", "L1, 3 turns", "right, 3 turns", "round trip",
+        "A_f IoU", "A_f pointing", "A_r IoU", "A_r pointing", "agreement")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a score is lower (sign -1) or higher (1) for `run` than for `other`, and what the paper measured."""
+    text: str
+    paper: str
+    score: str
+    sign: int
+    run: str
+    other: str
+
+
+CLAIMS = (
+    Claim("without supervision it edits better than the baseline", "L1 .112 to .062", "L1", -1, "scratch", "baseline"),
+    Claim("", "", "right", 1, "scratch", "baseline"),
+    Claim("from the baseline's weights, the cycle undoes its bias", "shown in pictures", "outside", -1, "attn", "baseline"),
+    Claim("", "L1 .112 to .062", "L1", -1, "attn", "baseline"),
+    Claim("", "CLIP-I .852 to .932", "CLIP-I", 1, "attn", "baseline"),
+    Claim("", "CLIP-T .276 to .296", "CLIP-T", 1, "attn", "baseline"),
+    Claim("and still edits", "direction .151 to .159", "right", 1, "attn", "baseline"),
+    Claim("in several turns, too", "L1 .158 to .098", "L1, 3 turns", -1, "attn", "baseline"),
+    Claim("L_sim preserves more", "L1 .117 to .089", "L1", -1, "sim", "base"),
+    Claim("", "CLIP-I .878 to .906", "CLIP-I", 1, "sim", "base"),
+    Claim("at a little less CLIP-T", "CLIP-T .309 to .301", "CLIP-T", -1, "sim", "base"),
+    Claim("L_attn preserves more", "L1 .089 to .062", "L1", -1, "attn", "sim"),
+    Claim("", "CLIP-I .906 to .932", "CLIP-I", 1, "attn", "sim"),
+    Claim("at a little less CLIP-T", "CLIP-T .301 to .296", "CLIP-T", -1, "attn", "sim"),
+    Claim("as both edits look at the same region", "shown in pictures", "agreement", 1, "attn", "sim"),
+    Claim("which is that of the edit", "shown in pictures", "A_f IoU", 1, "attn", "chance"),
+    Claim("5 steps lose less of 50 than the baseline's do", "shown in pictures", "lost in 5 steps", -1, "attn", "baseline"),
+    Claim("edits can be undone", "is the training's aim", "round trip", -1, "attn", "baseline"))
+# of Student's t, 97.5 %, for 2 to 10 seeds
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+# ---- one training --------------------------------------------------------------------------------------------------------
+
+def fulfil(name, folder, seed, judge_path, on):
+    """Trains a run of a seed and judges it; what is there is kept.  All output goes into the run's log.txt."""
+    output = folder / name
+    given = [a.format(folder=folder) for a in RUNS[name][1]] + ["--seed", str(seed), "--precision", "bf16", "--device", on]
+    file = output / "scores.json"
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        if not file.is_file():
+            quiet_transformers()
+            try:
+                train.main([*given, "--output", str(output)])
+            except SystemExit:
+                raise ValueError(f"a training stopped; the end of {output / 'log.txt'} says why") from None
+            scores = measure(EditModel.from_pretrained(output / "model", on), ClipScorer.from_pretrained(judge_path))
+            replace_file(file, lambda temporary: temporary.write_text(json.dumps({"given": given, "scores": scores}, indent=1)))
+    if json.loads(file.read_text())["given"] != given:
+        raise ValueError(f"{output} holds a run with other arguments: choose another --output, or remove it")
+
+
+def sample(model, images, instructions, steps=STEPS, seed=0):
+    return model.edit(images, instructions, steps, generator=torch.Generator().manual_seed(seed), **model.guidance).cpu()
+
+
+def measure(model, scorer):
+    """{score: its mean over the test scenes} of an editor; all edits at the model's own guidance scales."""
+    edits = [toy.edit("test", i) for i in range(SCENES)]
+    instructions, images = [e.instruction for e in edits], toy.render([e.scene for e in edits])
+    outputs = sample(model, images, instructions)
+    every = judge(edits, images, outputs, scorer)
+    for steps in (5, 50):
+        scores = judge(edits, images, sample(model, images, instructions, steps), scorer)
+        every |= {f"{name}, {steps} steps": scores[name] for name in ("L1", "right")}
+    every["lost in 5 steps"] = every["L1, 5 steps"] - every["L1, 50 steps"]
+    undone = sample(model, outputs, [e.reverse_instruction for e in edits], seed=1)
+    every["round trip"] = (undone - images).abs().mean((1, 2, 3)) / 2
+
+    local = [i for i, e in enumerate(edits) if e.kind != "background"]    # whose mask is most of the image
+    every |= judge_attention(model, [edits[i] for i in local], images[local], outputs[local])
+
+    chains = [toy.chain("test", i) for i in range(SCENES)]
+    whole = [toy.Edit("chain", chain[0].scene, chain[-1].edited, "", "", "") for chain in chains]
+    images = outputs = toy.render([chain[0].scene for chain in chains])
+    for turn, made in enumerate(zip(*chains)):
+        outputs = sample(model, outputs, [e.instruction for e in made], seed=turn)
+    scores = judge(whole, images, outputs, scorer)
+    every |= {f"{name}, 3 turns": scores[name] for name in ("L1", "right")}
+    return {name: values.mean().item() for name, values in every.items()}
+
+
+# ---- all of them, and what they say --------------------------------------------------------------------------------------
+
+def spread(values):
+    """'mean ± standard deviation' over the seeds."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def verdict(differences, sign):
+    """Of a claim, from run - other of each seed: whether the 95 % interval of their mean (Student's t) leaves zero."""
+    if len(differences) < 2:
+        return "one seed: none"
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** .5
+    if abs(mean) <= T[len(differences) - 2] * error:
+        return "not supported"
+    return "supported" if mean * sign > 0 else "opposite"
+
+
+def report(scores):
+    """The lines of claims.md, from {run: {score: [a value for each seed]}}."""
+    seeds = len(next(iter(scores.values()))["L1"])
+    lines = [f"{seeds} seeds, mean ± standard deviation over them; {SCENES} held-out scenes, {STEPS} steps.", ""]
+    for columns in (EDITS, MORE):
+        lines += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        lines += [f"| {RUNS[run][0]} | " + " | ".join(spread(scores[run][c]) for c in columns) + " |" for run in RUNS]
+        lines.append("")
+    chance = scores["baseline"]["mask"]
+    lines += [f"A point at random is inside the true mask with {chance[0]:.3f}, which is also the IoU of the whole image.", "",
+              "| claim | the paper | score | mean of run - other | 95 % | seeds | verdict |", "|---|---|---|---|---|---|---|"]
+    for claim in CLAIMS:
+        other = chance if claim.other == "chance" else scores[claim.other][claim.score]
+        differences = [a - b for a, b in zip(scores[claim.run][claim.score], other)]
+        margin = f"± {T[seeds - 2] * statistics.stdev(differences) / seeds ** .5:.3f}" if seeds > 1 else ""
+        agree = sum(d * claim.sign > 0 for d in differences)
+        lines.append(f"| {claim.text} | {claim.paper} | {claim.score}: {claim.run} - {claim.other} | "
+                     f"{statistics.mean(differences):+.3f} | {margin} | {agree} of {seeds} | {verdict(differences, claim.sign)} |")
+    return lines
+
+
+def picture(folder):
+    """The first test scenes, as each run of a seed edits them."""
+    edits = [toy.edit("test", i) for i in range(SHOWN)]
+    images, instructions = toy.render([e.scene for e in edits]), [e.instruction for e in edits]
+    columns = {"input": images}
+    columns |= {name: sample(EditModel.from_pretrained(folder / name / "model"), images, instructions) for name in RUNS}
+    columns["true edit"] = toy.render([e.edited for e in edits])
+    return grid(list(zip(*columns.values())), columns, instructions)
+
+
+def study(args):
+    judge_path = args.output / "judge"
+    print(f"{len(args.seeds)} seeds of {len(RUNS)} trainings, {args.jobs} side by side on {args.device}; log.txt of each below {args.output}")
+    if not (judge_path / "model.safetensors").is_file():
+        pretrain.main(["--parts", "judge", "--seed", "1", "--precision", "bf16", "--output", str(args.output)])
+    folders = {seed: args.output / f"seed-{seed}" for seed in args.seeds}
+    os.environ |= {"OMP_NUM_THREADS": str(max(os.cpu_count() // args.jobs, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool, tqdm(total=len(RUNS) * len(folders), desc="trainings") as bar:
+        for wave in (["baseline", "scratch"], ["base", "sim", "attn"]):       # these start from the baseline
+            for future in as_completed([pool.submit(fulfil, name, folder, seed, judge_path, args.device)
+                                        for seed, folder in folders.items() for name in wave]):
+                future.result()
+                bar.update()
+    judged = {run: [json.loads((folder / run / "scores.json").read_text())["scores"] for folder in folders.values()] for run in RUNS}
+    scores = {run: {name: [row[name] for row in rows] for name in rows[0]} for run, rows in judged.items()}
+    lines = report(scores)
+    for suffix, text in (("md", "\n".join(lines)), ("json", json.dumps({"seeds": args.seeds, "scores": scores}, indent=1))):
+        replace_file(args.output / f"claims.{suffix}", lambda temporary: temporary.write_text(text + "\n"))
+    save_png(picture(folders[args.seeds[0]]), args.output / "claims.png")
+    print("\n" + "\n".join(lines))
+
+
+def main(argv=None):
+    p = Parser("claims.py", description=__doc__.split("\n")[0])
+    p.add_argument("--seeds", type=seed_int, nargs="+", default=list(range(5)), help="of the trainings (0 1 2 3 4)")
+    p.add_argument("--jobs", type=positive_int, default=2, help="trainings side by side (%(default)s)")
+    p.add_argument("--output", type=Path, default=Path("runs/claims"), help="(%(default)s)")
+    p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    args = p.parse_args(argv)
+    if not len(set(args.seeds)) == len(args.seeds) <= len(T) + 1:
+        p.error(f"--seeds: up to {len(T) + 1} different ones")
+    quiet_transformers()
+    try:
+        study(args)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

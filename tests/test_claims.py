@@ -1,0 +1,116 @@
+"""claims.py: the verdicts by numbers worked out by hand, and a run of a few steps as the study makes it."""
+import json
+import re
+
+import pytest
+import torch
+
+import claims
+import toy
+from losses import ClipScorer
+from uip2p import EditModel
+
+CLIP = "models/toy/clip"
+
+
+def test_student_t_has_the_right_quantiles():
+    """Between -t and t lies 95 % of Student's density, integrated here."""
+    for freedom, t in enumerate(claims.T, 1):
+        x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
+        density = torch.distributions.StudentT(torch.tensor(float(freedom), dtype=torch.float64)).log_prob(x).exp()
+        assert torch.trapezoid(density, x).item() == pytest.approx(.95, abs=2e-4)
+
+
+@pytest.mark.parametrize("differences, sign, expected", [
+    ([-.1, -.2, -.3], -1, "not supported"),                   # -.2 ± 4.303 * .1 / sqrt(3) = .248
+    ([-.1, -.15, -.2], -1, "supported"),                      # -.15 ± .124
+    ([-.1, -.15, -.2], 1, "opposite"),
+    ([.01, .012, -.001, .008, .011], 1, "supported"),         # one seed against: .008 ± .0065
+    ([.01, .012, -.004, .008, .011], 1, "not supported"),     # .0074 ± .0081
+    ([5.], 1, "one seed: none")])
+def test_a_claim_is_decided_by_the_interval_of_the_paired_differences(differences, sign, expected):
+    assert claims.verdict(differences, sign) == expected
+
+
+def fake_scores():
+    """Three seeds whose spread between seeds is larger than the difference between runs, which is the same in each."""
+    names = {*claims.EDITS, *claims.MORE, "mask", "lost in 5 steps"}
+    return {run: {name: [base + .01 * i + .0001 * i * seed for seed, base in enumerate((.1, .5, .9))] for name in names}
+            for i, run in enumerate(claims.RUNS)}
+
+
+def test_the_report_pairs_runs_of_the_same_seed():
+    lines = claims.report(fake_scores())
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\|.*: \w+ - \w+ \|", line)]
+    assert len(rows) == len(claims.CLAIMS)
+    order = list(claims.RUNS)
+    for claim, row in zip(claims.CLAIMS, rows):
+        other = "baseline" if claim.other == "chance" else claim.other         # whose mask column is chance
+        difference = .01 * (order.index(claim.run) - order.index(other))
+        assert float(row[3]) == pytest.approx(difference * 1.01, abs=6e-4)
+        assert row[-1] == ("supported" if difference * claim.sign > 0 else "opposite")
+        assert row[-2] == ("3 of 3" if difference * claim.sign > 0 else "0 of 3")
+    assert "0.500 ± 0.400" in "\n".join(lines)                # mean and spread of the baseline
+
+
+def test_claims_name_runs_and_scores_that_are_measured(monkeypatch):
+    monkeypatch.setattr(claims, "SCENES", 5)
+    monkeypatch.setattr(claims, "STEPS", 1)
+    scores = claims.measure(EditModel.from_pretrained("models/toy"), ClipScorer.from_pretrained(CLIP))
+    assert set(claims.EDITS) | set(claims.MORE) | {c.score for c in claims.CLAIMS} | {"mask"} == set(scores)
+    assert {c.run for c in claims.CLAIMS} | {c.other for c in claims.CLAIMS} - {"chance"} == set(claims.RUNS)
+    # of the first five test scenes, all but the background's have a small mask
+    assert 0 < scores["mask"] < .2 and all(0 <= scores[name] <= 1 for name in claims.EDITS if name != "direction")
+
+
+class Copier:
+    """An editor that leaves everything as it is."""
+    guidance = {}
+
+    def edit(self, images, instructions, steps, generator):
+        return images
+
+
+def test_what_copying_scores(monkeypatch):
+    """The round trip of a copy is perfect, and nothing is right; three turns are as far from the truth as their first scene."""
+    monkeypatch.setattr(claims, "SCENES", 10)
+    monkeypatch.setattr(claims, "judge_attention", lambda model, edits, images, outputs: {"mask": torch.zeros(len(edits))})
+    scores = claims.measure(Copier(), ClipScorer.from_pretrained(CLIP))
+    assert scores["round trip"] == scores["right"] == scores["right, 3 turns"] == scores["lost in 5 steps"] == 0
+    chains = [toy.chain("test", i) for i in range(10)]
+    first, last = toy.render([c[0].scene for c in chains]), toy.render([c[-1].edited for c in chains])
+    assert scores["L1, 3 turns"] == pytest.approx((first - last).abs().mean().item() / 2, rel=1e-4)
+
+
+def test_a_run_is_made_once_and_only_with_its_arguments(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "SCENES", 5)
+    monkeypatch.setattr(claims, "STEPS", 1)
+    tiny = ["--steps", "1", "--batch-size", "2", "--log-every", "1"]
+    monkeypatch.setattr(claims, "RUNS", {"baseline": ("", ["--objective", "ip2p", *tiny]),
+                                         "attn": ("", ["--model", "{folder}/baseline/model", "--weights", "1", ".5", "1", "1", *tiny])})
+    for name in claims.RUNS:
+        claims.fulfil(name, tmp_path, 3, CLIP, "cpu")
+    given = json.loads((tmp_path / "attn/scores.json").read_text())["given"]
+    assert given[1] == f"{tmp_path}/baseline/model" and given[given.index("--seed") + 1] == "3"
+    log, model = (tmp_path / "attn/log.txt").read_text(), tmp_path / "attn/model/unet/diffusion_pytorch_model.safetensors"
+    assert "cycle training" in log and model.is_file()
+    claims.fulfil("attn", tmp_path, 3, CLIP, "cpu")
+    assert (tmp_path / "attn/log.txt").read_text() == log     # nothing was done again
+    with pytest.raises(ValueError, match="other arguments"):
+        claims.fulfil("attn", tmp_path, 4, CLIP, "cpu")
+
+
+def test_a_training_that_stops_names_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RUNS", {"attn": ("", ["--model", "{folder}/nothing-here"])})
+    with pytest.raises(ValueError, match="log.txt says why"):
+        claims.fulfil("attn", tmp_path, 0, CLIP, "cpu")
+    assert "error: " in (tmp_path / "attn/log.txt").read_text()
+    assert not (tmp_path / "attn/scores.json").exists()
+
+
+@pytest.mark.parametrize("seeds", [["0", "0"], ["-1"], [str(i) for i in range(11)]])
+def test_bad_seeds(capsys, seeds):
+    with pytest.raises(SystemExit) as stop:
+        claims.main(["--seeds", *seeds])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("claims.py: error: ")
