@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,22 +28,30 @@ from pictures import grid, save_png
 from truth import judge, judge_attention
 from uip2p import EditModel
 
-SHOWN, STEPS, SCENES = 6, 15, 250                             # edits in the picture; denoising steps and test scenes of a score
-# the paper's ablation, at its weights, CLIP's losses on the image as it is; what it adds is in the README
-CYCLE = ["--model", "{folder}/baseline/model", "--sharp", "5", "--views", "0", "--steps", "400", "--weights"]
-RUNS = {"baseline": ("supervised baseline", ["--objective", "ip2p"]),
-        "scratch": ("the cycle from text-to-image, with L_delta", ["--steps", "300"]),
-        "base": ("from the baseline: L_CLIP + L_recon", [*CYCLE, "1", "0", "0", "1"]),
-        "sim": ("+ L_sim", [*CYCLE, "1", "0", "1", "1"]),
-        "attn": ("+ L_attn: the full loss", [*CYCLE, "1", ".5", "1", "1"])}
+SHOWN, STEPS, SCENES = 6, 15, 150                             # edits in the picture; denoising steps and test scenes of a score
+STRONG = dict(text_guidance=3., image_guidance=1.5)           # beside the scales that the toy's models recommend, 1.5 and 1.2
+ON = ["--model", "{folder}/baseline/model", "--steps", "300"]
+# the paper's weights, and CLIP sees the image as it is; all else is the toy's usual cycle, with the straight-through edit
+CYCLE = [*ON, "--sharp", "5", "--views", "0", "--weights"]
+RUNS = {"baseline": ("baseline: supervised, on entangled pairs", ["--objective", "ip2p"]),
+        "scratch": ("scratch: the cycle from text-to-image, with L_delta", ["--steps", "300"]),
+        "base": ("base: from the baseline, L_CLIP + L_recon", [*CYCLE, "1", "0", "0", "1"]),
+        "sim": ("sim: + L_sim", [*CYCLE, "1", "0", "1", "1"]),
+        "attn": ("attn: + L_attn, the full loss", [*CYCLE, "1", ".5", "1", "1"]),
+        # what the cycle's steps would do without the cycle: as many images by the same learning rate
+        "denoise": ("denoise: from the baseline, the part that denoises the input",
+                    [*ON, "--objective", "identity", "--batch-size", "8", "--lr", "1e-4"]),
+        "pairs": ("pairs: from the baseline, more pairs", [*ON, "--objective", "ip2p", "--batch-size", "16", "--lr", "1e-4"])}
+FIRST = ("baseline", "scratch")                               # the others start from the baseline
 EDITS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-I", "CLIP-T", "direction")
-MORE = ("L1, 5 steps", "L1, 50 steps", "right, 5 steps", "right, 50 steps", "L1, 3 turns", "right, 3 turns", "round trip",
-        "A_f IoU", "A_f pointing", "A_r IoU", "A_r pointing", "agreement")
+MORE = ("L1, 5 steps", "L1, 50 steps", "right, 5 steps", "right, 50 steps", "L1, strong", "right, strong", "L1, 3 turns",
+        "right, 3 turns", "round trip")
+MAPS = ("A_f IoU", "A_f pointing", "A_r IoU", "A_r pointing", "agreement", "mask")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That a score is lower (sign -1) or higher (1) for `run` than for `other`, and what the paper measured."""
+    """That a score is lower (sign -1) or higher (1) for `run` than for `other`, and what the paper has for it."""
     text: str
     paper: str
     score: str
@@ -52,24 +61,30 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("without supervision it edits better than the baseline", "L1 .112 to .062", "L1", -1, "scratch", "baseline"),
-    Claim("", "", "right", 1, "scratch", "baseline"),
-    Claim("from the baseline's weights, the cycle undoes its bias", "shown in pictures", "outside", -1, "attn", "baseline"),
-    Claim("", "L1 .112 to .062", "L1", -1, "attn", "baseline"),
+    Claim("without supervision, nearer to the true edit than the baseline", "L1 .112 to .062", "L1", -1, "scratch", "baseline"),
+    Claim("and it follows more instructions", "figure only", "right", 1, "scratch", "baseline"),
+    Claim("the cycle undoes the baseline's bias", "figure only", "outside", -1, "attn", "baseline"),
+    Claim("nearer to the true edit", "L1 .112 to .062", "L1", -1, "attn", "baseline"),
     Claim("", "CLIP-I .852 to .932", "CLIP-I", 1, "attn", "baseline"),
-    Claim("", "CLIP-T .276 to .296", "CLIP-T", 1, "attn", "baseline"),
-    Claim("and still edits", "direction .151 to .159", "right", 1, "attn", "baseline"),
-    Claim("in several turns, too", "L1 .158 to .098", "L1, 3 turns", -1, "attn", "baseline"),
+    Claim("nearer to the caption", "CLIP-T .276 to .296", "CLIP-T", 1, "attn", "baseline"),
+    Claim("and it follows more instructions", "direction .151 to .159", "right", 1, "attn", "baseline"),
+    Claim("than the same steps of denoising", "", "L1", -1, "attn", "denoise"),
+    Claim("", "", "right", 1, "attn", "denoise"),
+    Claim("than the same steps on pairs", "", "L1", -1, "attn", "pairs"),
+    Claim("", "", "right", 1, "attn", "pairs"),
+    Claim("three edits in turn", "L1 .158 to .098", "L1, 3 turns", -1, "attn", "baseline"),
+    Claim("", "", "right, 3 turns", 1, "attn", "baseline"),
     Claim("L_sim preserves more", "L1 .117 to .089", "L1", -1, "sim", "base"),
     Claim("", "CLIP-I .878 to .906", "CLIP-I", 1, "sim", "base"),
-    Claim("at a little less CLIP-T", "CLIP-T .309 to .301", "CLIP-T", -1, "sim", "base"),
+    Claim("for less of the caption", "CLIP-T .309 to .301", "CLIP-T", -1, "sim", "base"),
     Claim("L_attn preserves more", "L1 .089 to .062", "L1", -1, "attn", "sim"),
     Claim("", "CLIP-I .906 to .932", "CLIP-I", 1, "attn", "sim"),
-    Claim("at a little less CLIP-T", "CLIP-T .301 to .296", "CLIP-T", -1, "attn", "sim"),
-    Claim("as both edits look at the same region", "shown in pictures", "agreement", 1, "attn", "sim"),
-    Claim("which is that of the edit", "shown in pictures", "A_f IoU", 1, "attn", "chance"),
-    Claim("5 steps lose less of 50 than the baseline's do", "shown in pictures", "lost in 5 steps", -1, "attn", "baseline"),
-    Claim("edits can be undone", "is the training's aim", "round trip", -1, "attn", "baseline"))
+    Claim("for less of the caption", "CLIP-T .301 to .296", "CLIP-T", -1, "attn", "sim"),
+    Claim("both edits look at the same region", "figure only", "agreement", 1, "attn", "sim"),
+    Claim("which is that of the edit: more of it than the whole image is", "figure only", "A_f IoU", 1, "attn", "mask"),
+    Claim("5 steps follow as many instructions as 50: they lose less than the baseline's", "figure only", "lost in 5 steps", -1,
+          "attn", "baseline"),
+    Claim("edits can be undone", "the aim of the training", "round trip", -1, "attn", "baseline"))
 # of Student's t, 97.5 %, for 2 to 10 seeds
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -95,20 +110,24 @@ def fulfil(name, folder, seed, judge_path, on):
         raise ValueError(f"{output} holds a run with other arguments: choose another --output, or remove it")
 
 
-def sample(model, images, instructions, steps=STEPS, seed=0):
-    return model.edit(images, instructions, steps, generator=torch.Generator().manual_seed(seed), **model.guidance).cpu()
+def sample(model, images, instructions, steps=STEPS, seed=0, **scales):
+    """Edits, 50 at once, at the guidance scales that the model recommends unless others are given."""
+    generator, scales = torch.Generator().manual_seed(seed), model.guidance | scales
+    parts = [model.edit(images[i:i + 50], instructions[i:i + 50], steps, generator=generator, **scales).cpu()
+             for i in range(0, len(images), 50)]
+    return torch.cat(parts)
 
 
 def measure(model, scorer):
-    """{score: its mean over the test scenes} of an editor; all edits at the model's own guidance scales."""
+    """{score: its mean over the test scenes} of an editor."""
     edits = [toy.edit("test", i) for i in range(SCENES)]
     instructions, images = [e.instruction for e in edits], toy.render([e.scene for e in edits])
     outputs = sample(model, images, instructions)
     every = judge(edits, images, outputs, scorer)
-    for steps in (5, 50):
-        scores = judge(edits, images, sample(model, images, instructions, steps), scorer)
-        every |= {f"{name}, {steps} steps": scores[name] for name in ("L1", "right")}
-    every["lost in 5 steps"] = every["L1, 5 steps"] - every["L1, 50 steps"]
+    for name, settings in (("5 steps", dict(steps=5)), ("50 steps", dict(steps=50)), ("strong", STRONG)):
+        scores = judge(edits, images, sample(model, images, instructions, **settings), scorer)
+        every |= {f"{score}, {name}": scores[score] for score in ("L1", "right")}
+    every["lost in 5 steps"] = every["right, 50 steps"] - every["right, 5 steps"]
     undone = sample(model, outputs, [e.reverse_instruction for e in edits], seed=1)
     every["round trip"] = (undone - images).abs().mean((1, 2, 3)) / 2
 
@@ -121,7 +140,7 @@ def measure(model, scorer):
     for turn, made in enumerate(zip(*chains)):
         outputs = sample(model, outputs, [e.instruction for e in made], seed=turn)
     scores = judge(whole, images, outputs, scorer)
-    every |= {f"{name}, 3 turns": scores[name] for name in ("L1", "right")}
+    every |= {f"{score}, 3 turns": scores[score] for score in ("L1", "right")}
     return {name: values.mean().item() for name, values in every.items()}
 
 
@@ -142,25 +161,36 @@ def verdict(differences, sign):
     return "supported" if mean * sign > 0 else "opposite"
 
 
-def report(scores):
-    """The lines of claims.md, from {run: {score: [a value for each seed]}}."""
-    seeds = len(next(iter(scores.values()))["L1"])
-    lines = [f"{seeds} seeds, mean ± standard deviation over them; {SCENES} held-out scenes, {STEPS} steps.", ""]
-    for columns in (EDITS, MORE):
-        lines += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        lines += [f"| {RUNS[run][0]} | " + " | ".join(spread(scores[run][c]) for c in columns) + " |" for run in RUNS]
-        lines.append("")
-    chance = scores["baseline"]["mask"]
-    lines += [f"A point at random is inside the true mask with {chance[0]:.3f}, which is also the IoU of the whole image.", "",
-              "| claim | the paper | score | mean of run - other | 95 % | seeds | verdict |", "|---|---|---|---|---|---|---|"]
+def report(scores, references):
+    """The lines of claims.md, from {run: {score: [a value for each seed]}} and {what is no run: {score: value}}."""
+    seeds = len(scores["baseline"]["L1"])
+    def table(columns, rows):
+        return ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|",
+                *(f"| {name} | " + " | ".join(spread(row[c]) for c in columns) + " |" for name, row in rows.items()), ""]
+    rows = {title: scores[run] for run, (title, _) in RUNS.items()}
+    lines = [f"{seeds} seeds of the training, mean ± standard deviation over them; {SCENES} held-out scenes, the same for all, {STEPS} steps.",
+             "", *table(EDITS, {name: {c: [row[c]] for c in EDITS} for name, row in references.items()} | rows),
+             *table(MORE, rows), *table(MAPS, rows),
+             "| claim | the paper | score, of - | mean | 95 % | seeds for it | verdict |", "|---|---|---|---|---|---|---|"]
     for claim in CLAIMS:
-        other = chance if claim.other == "chance" else scores[claim.other][claim.score]
+        other = scores[claim.run]["mask"] if claim.other == "mask" else scores[claim.other][claim.score]
         differences = [a - b for a, b in zip(scores[claim.run][claim.score], other)]
         margin = f"± {T[seeds - 2] * statistics.stdev(differences) / seeds ** .5:.3f}" if seeds > 1 else ""
         agree = sum(d * claim.sign > 0 for d in differences)
         lines.append(f"| {claim.text} | {claim.paper} | {claim.score}: {claim.run} - {claim.other} | "
                      f"{statistics.mean(differences):+.3f} | {margin} | {agree} of {seeds} | {verdict(differences, claim.sign)} |")
     return lines
+
+
+def references(scorer):
+    """What copying the input scores, and the true edit that only went through the VAE."""
+    edits = [toy.edit("test", i) for i in range(SCENES)]
+    images, truth = toy.render([e.scene for e in edits]), toy.render([e.edited for e in edits])
+    model = EditModel.from_pretrained(train.TOY["model"])
+    with torch.no_grad():
+        outputs = {"copy of the input": images, "true edit through the VAE": model.decode(model.encode(truth)).clamp(-1, 1)}
+    return {name: {score: values.mean().item() for score, values in judge(edits, images, output, scorer).items()}
+            for name, output in outputs.items()}
 
 
 def picture(folder):
@@ -179,16 +209,22 @@ def study(args):
     if not (judge_path / "model.safetensors").is_file():
         pretrain.main(["--parts", "judge", "--seed", "1", "--precision", "bf16", "--output", str(args.output)])
     folders = {seed: args.output / f"seed-{seed}" for seed in args.seeds}
-    os.environ |= {"OMP_NUM_THREADS": str(max(os.cpu_count() // args.jobs, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // args.jobs, 1)))     # of each training
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool, tqdm(total=len(RUNS) * len(folders), desc="trainings") as bar:
-        for wave in (["baseline", "scratch"], ["base", "sim", "attn"]):       # these start from the baseline
-            for future in as_completed([pool.submit(fulfil, name, folder, seed, judge_path, args.device)
-                                        for seed, folder in folders.items() for name in wave]):
-                future.result()
-                bar.update()
+        for wave in (FIRST, [name for name in RUNS if name not in FIRST]):
+            jobs = [pool.submit(fulfil, name, folder, seed, judge_path, args.device)
+                    for seed, folder in folders.items() for name in wave]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    bar.update()
+            except Exception:
+                pool.shutdown(cancel_futures=True)            # the others end what they have begun
+                raise
     judged = {run: [json.loads((folder / run / "scores.json").read_text())["scores"] for folder in folders.values()] for run in RUNS}
     scores = {run: {name: [row[name] for row in rows] for name in rows[0]} for run, rows in judged.items()}
-    lines = report(scores)
+    lines = report(scores, references(ClipScorer.from_pretrained(judge_path)))
     for suffix, text in (("md", "\n".join(lines)), ("json", json.dumps({"seeds": args.seeds, "scores": scores}, indent=1))):
         replace_file(args.output / f"claims.{suffix}", lambda temporary: temporary.write_text(text + "\n"))
     save_png(picture(folders[args.seeds[0]]), args.output / "claims.png")
@@ -207,7 +243,7 @@ def main(argv=None):
     quiet_transformers()
     try:
         study(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenProcessPool) as error:
         p.error(str(error))
 
 

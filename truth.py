@@ -46,11 +46,11 @@ def judge_attention(model, edits, images, outputs):
     IoU: of the true mask and what of the map is above half of its range; pointing: whether its largest value is in the mask;
     agreement: the IoU of A_f and A_r; mask: the true one's share of the image, which a point at random would hit."""
     mask = toy.edit_mask(images, nearest_truth(edits, outputs))[:, 0]                     # (B, S, S)
-    # each edit is noised to the middle of the schedule, the reverse one towards the input, as in training
-    maps = {"A_f": edit_map(model, images, outputs, [e.instruction for e in edits]),
-            "A_r": edit_map(model, outputs, images, [e.reverse_instruction for e in edits])}
+    # what each edit leads to is noised, to the middle of the schedule
+    maps = {"A_f": edit_map(model, images, outputs, [e.instruction for e in edits]).cpu(),
+            "A_r": edit_map(model, outputs, images, [e.reverse_instruction for e in edits]).cpu()}
     def iou(a, b):
-        return (a & b).sum((1, 2)) / (a | b).sum((1, 2))
+        return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp_min(1)
     marked = {name: region > .5 for name, region in maps.items()}
     scores = {"agreement": iou(*marked.values()), "mask": mask.float().mean((1, 2))}
     for name, region in maps.items():

@@ -34,52 +34,78 @@ def test_a_claim_is_decided_by_the_interval_of_the_paired_differences(difference
 
 def fake_scores():
     """Three seeds whose spread between seeds is larger than the difference between runs, which is the same in each."""
-    names = {*claims.EDITS, *claims.MORE, "mask", "lost in 5 steps"}
+    names = {*claims.EDITS, *claims.MORE, *claims.MAPS, "lost in 5 steps"}
     return {run: {name: [base + .01 * i + .0001 * i * seed for seed, base in enumerate((.1, .5, .9))] for name in names}
-            for i, run in enumerate(claims.RUNS)}
+            for i, run in enumerate(claims.RUNS, 1)}
 
 
 def test_the_report_pairs_runs_of_the_same_seed():
-    lines = claims.report(fake_scores())
+    scores = fake_scores()
+    scores["attn"]["mask"] = [0, 0, 0]                        # which the maps of that run are compared with
+    lines = claims.report(scores, {"copy": dict.fromkeys(claims.EDITS, .25)})
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\|.*: \w+ - \w+ \|", line)]
-    assert len(rows) == len(claims.CLAIMS)
     order = list(claims.RUNS)
-    for claim, row in zip(claims.CLAIMS, rows):
-        other = "baseline" if claim.other == "chance" else claim.other         # whose mask column is chance
-        difference = .01 * (order.index(claim.run) - order.index(other))
+    for claim, row in zip(claims.CLAIMS, rows, strict=True):
+        if claim.other == "mask":
+            assert float(row[3]) == pytest.approx(.55, abs=6e-4) and row[-1] == "not supported"
+            continue
+        difference = .01 * (order.index(claim.run) - order.index(claim.other))
         assert float(row[3]) == pytest.approx(difference * 1.01, abs=6e-4)
         assert row[-1] == ("supported" if difference * claim.sign > 0 else "opposite")
         assert row[-2] == ("3 of 3" if difference * claim.sign > 0 else "0 of 3")
-    assert "0.500 ± 0.400" in "\n".join(lines)                # mean and spread of the baseline
+    assert "| baseline: supervised, on entangled pairs | 0.510 ± 0.400 |" in "\n".join(lines)
+    assert "| copy | 0.250 | 0.250 |" in "\n".join(lines)
+
+
+def test_the_comparisons_are_the_papers():
+    """The weights of its ablation, which rows it compares, and in which direction its tables go."""
+    weights = {run: [float(w) for w in given[-4:]] for run, (_, given) in claims.RUNS.items() if "--weights" in given}
+    assert weights == {"base": [1, 0, 0, 1], "sim": [1, 0, 1, 1], "attn": [1, .5, 1, 1]}             # CLIP, attn, sim, recon
+    started = {run for run, (_, given) in claims.RUNS.items() if any("baseline" in a for a in given)}
+    assert started == set(claims.RUNS) - set(claims.FIRST)
+    for claim in claims.CLAIMS:
+        if found := re.fullmatch(r"(L1|CLIP-I|CLIP-T) (\.\d+) to (\.\d+)", claim.paper):
+            assert claim.score.startswith(found[1]) and (float(found[3]) - float(found[2])) * claim.sign > 0
+            pairs = {".117": "base", ".878": "base", ".309": "base", ".089": "sim", ".906": "sim", ".301": "sim"}
+            assert claim.other == pairs.get(found[2], "baseline")
 
 
 def test_claims_name_runs_and_scores_that_are_measured(monkeypatch):
     monkeypatch.setattr(claims, "SCENES", 5)
     monkeypatch.setattr(claims, "STEPS", 1)
     scores = claims.measure(EditModel.from_pretrained("models/toy"), ClipScorer.from_pretrained(CLIP))
-    assert set(claims.EDITS) | set(claims.MORE) | {c.score for c in claims.CLAIMS} | {"mask"} == set(scores)
-    assert {c.run for c in claims.CLAIMS} | {c.other for c in claims.CLAIMS} - {"chance"} == set(claims.RUNS)
+    assert {*claims.EDITS, *claims.MORE, *claims.MAPS, *(c.score for c in claims.CLAIMS)} == set(scores)
+    assert {c.run for c in claims.CLAIMS} | {c.other for c in claims.CLAIMS} <= {*claims.RUNS, "mask"}
     # of the first five test scenes, all but the background's have a small mask
     assert 0 < scores["mask"] < .2 and all(0 <= scores[name] <= 1 for name in claims.EDITS if name != "direction")
 
 
-class Copier:
-    """An editor that leaves everything as it is."""
-    guidance = {}
+class Oracle:
+    """An editor that obeys: it knows the scenes and what their instructions, forward and back, lead to.  In few steps it copies."""
+    guidance = {"text_guidance": 1.5, "image_guidance": 1.2}
 
-    def edit(self, images, instructions, steps, generator):
-        return images
+    def __init__(self, edits):
+        self.known = [(toy.render([e.scene])[0], e.instruction, toy.render([e.edited])[0]) for e in edits]
+        self.known += [(after, e.reverse_instruction, before) for e, (before, _, after) in zip(edits, self.known)]
+
+    def edit(self, images, instructions, steps, generator, text_guidance, image_guidance):
+        outputs = []
+        for image, instruction in zip(images, instructions):
+            (after,) = [after for before, said, after in self.known if said == instruction and torch.equal(before, image)][:1]
+            outputs.append(image if steps == 5 or text_guidance == 3 else after)
+        return torch.stack(outputs)
 
 
-def test_what_copying_scores(monkeypatch):
-    """The round trip of a copy is perfect, and nothing is right; three turns are as far from the truth as their first scene."""
+def test_what_obeying_scores(monkeypatch):
+    """Every instruction, number of steps, scale and turn reaches the editor, and the way back is the reverse instruction's."""
     monkeypatch.setattr(claims, "SCENES", 10)
-    monkeypatch.setattr(claims, "judge_attention", lambda model, edits, images, outputs: {"mask": torch.zeros(len(edits))})
-    scores = claims.measure(Copier(), ClipScorer.from_pretrained(CLIP))
-    assert scores["round trip"] == scores["right"] == scores["right, 3 turns"] == scores["lost in 5 steps"] == 0
-    chains = [toy.chain("test", i) for i in range(10)]
-    first, last = toy.render([c[0].scene for c in chains]), toy.render([c[-1].edited for c in chains])
-    assert scores["L1, 3 turns"] == pytest.approx((first - last).abs().mean().item() / 2, rel=1e-4)
+    monkeypatch.setattr(claims, "judge_attention", lambda model, edits, images, outputs: {"kinds": torch.tensor(
+        [float(e.kind == "background") for e in edits])})
+    edits = [toy.edit("test", i) for i in range(10)]
+    scores = claims.measure(Oracle(edits + sum([toy.chain("test", i) for i in range(10)], [])), ClipScorer.from_pretrained(CLIP))
+    assert scores["L1"] == scores["round trip"] == scores["L1, 3 turns"] == scores["L1, 50 steps"] == scores["kinds"] == 0
+    assert scores["right"] == scores["right, 3 turns"] == scores["right, 50 steps"] == scores["lost in 5 steps"] == 1
+    assert scores["right, 5 steps"] == scores["right, strong"] == 0 < scores["L1, 5 steps"] == scores["L1, strong"]
 
 
 def test_a_run_is_made_once_and_only_with_its_arguments(tmp_path, monkeypatch):
