@@ -291,6 +291,10 @@ def main(argv=None):
     if args.output and not args.output.parent.is_dir():
         p.error(f"--output {args.output}: there is no such folder")
     if args.save:
+        try:
+            args.save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            p.error(f"--save {error}")
         model, scorer = random_model(args.size, "cpu")
         model.save_pretrained(args.save)
         scorer.clip.save_pretrained(args.save / "clip")

@@ -52,5 +52,9 @@ def quiet_transformers():
 def replace_file(path, write):
     """Has write(temporary path) make a file, and gives it its name only when it is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -73,6 +73,12 @@ def parse_json(text):
     return row
 
 
+def key_and_kind(name):
+    """Of a file in a shard, as webdataset has it: its name up to the first dot of the last part, and what is behind the dot."""
+    key = re.sub(r"\.[^/]*$", "", name)
+    return key, name[len(key) + 1:].lower()
+
+
 def fields(row):
     """The texts of a JSON object that have one of NAMES, of several the last."""
     found = {name: row[alias] for name, aliases in NAMES.items() for alias in aliases
@@ -253,6 +259,8 @@ class InstructPix2Pix(Source):
 
     def open(self, rng, path, seeds, more):
         edits = read_edits(parse_json((path / "prompt.json").read_bytes()), more, self.needed)
+        if not seeds:
+            raise ValueError("seeds.json names no pair of it")
         seed = rng.choice(seeds)
         return rng.choice(edits), [load_image(path / f"{seed}_{i}.jpg") for i in range(1 + self.pairs)]
 
@@ -299,8 +307,8 @@ class Shards(Source):
             try:
                 with tarfile.open(shard, "r:") as tar:
                     members = (member for member in tar if member.isreg())
-                    for key, group in itertools.groupby(members, lambda member: member.name.rpartition(".")[0]):
-                        group = {member.name.rpartition(".")[2].lower(): member for member in group}
+                    for key, group in itertools.groupby(members, lambda member: key_and_kind(member.name)[0]):
+                        group = {key_and_kind(member.name)[1]: member for member in group}
                         if group.keys().isdisjoint(IMAGES) or self.side and key not in self.side:
                             continue
                         if next(count) < start:

@@ -72,6 +72,8 @@ def scales(text):
 
 
 def evaluate_toy(args):
+    if args.picture and not Path(args.picture).parent.is_dir():
+        raise ValueError(f"--picture {args.picture}: there is no such folder")
     scorer = ClipScorer.from_pretrained(args.clip)
     models = {path: EditModel.from_pretrained(path) for path in args.models}
     edits = [toy.edit(args.split, i) for i in range(args.scenes)]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import Parser, device, non_negative_float, positive_int, quiet_transformers, replace_file, seed_int
-from data import LARGEST, NAMES, TEXTS, expand
+from data import LARGEST, NAMES, TEXTS, expand, key_and_kind, parse_json
 
 PROMPT = Path(__file__).resolve().parent / "docs/instructions_prompt.txt"
 TRIES, RETRY_TEMPERATURE = 4, .7                              # greedy decoding would only repeat a rejected answer
@@ -56,27 +56,20 @@ def find_files(patterns):
     return paths
 
 
-def read_object(text):
-    row = json.loads(text)
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    return row
-
-
 def read_rows(path):
     """What a file says, image by image, as dicts: a line of text, an object of JSON, KEY.txt or KEY.json of a shard."""
     if path.suffix == ".tar":
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             files = (member for member in tar if member.isfile())
-            for key, members in groupby(files, lambda member: re.sub(r"\.[^/]*$", "", member.name)):
-                texts = {m.name[len(key):]: tar.extractfile(m).read(LARGEST) for m in members
-                         if m.name[len(key):] in (".txt", ".json")}
-                caption = texts[".txt"].decode() if ".txt" in texts else read_object(texts.get(".json", "{}")).get("caption")
+            for key, members in groupby(files, lambda member: key_and_kind(member.name)[0]):
+                texts = {kind: tar.extractfile(m).read(LARGEST) for m in members
+                         if (kind := key_and_kind(m.name)[1]) in ("txt", "json")}
+                caption = texts["txt"].decode() if "txt" in texts else parse_json(texts.get("json", "{}")).get("caption")
                 yield {"key": key, "caption": caption}
     else:
         with open(path, "rb") as file:
             for line in file:
-                yield {"caption": line.decode()} if path.suffix == ".txt" else read_object(line)
+                yield {"caption": line.decode()} if path.suffix == ".txt" else parse_json(line)
 
 
 def read_captions(paths, given):
@@ -150,7 +143,7 @@ def check(edit):
 def judge(answer, job, wanted):
     """A model's answer -> (None, the edit) if it is good, else (reason, the job with the answer)."""
     try:
-        fields = read_object(answer)
+        fields = parse_json(answer)
         if set(fields) != set(wanted):
             raise ValueError
         edit = job | {name: text.strip() for name, text in fields.items()}
@@ -172,7 +165,7 @@ def read_prompt(given, wanted):
     lines = PROMPT.read_text(encoding="utf-8").splitlines()
     task = "\n".join(line for line in lines if not line.startswith("{")).strip()
     try:
-        examples = [read_object(line) for line in lines if line.startswith("{")]
+        examples = [parse_json(line) for line in lines if line.startswith("{")]
         shown = [f"Given: {show(example, given)}\nAnswer: {show(example, wanted)}\n\n" for example in examples]
         return list(dict.fromkeys(example["kind"] for example in examples)), f"{task}\n\n{''.join(shown)}"
     except (ValueError, KeyError) as error:
@@ -182,9 +175,9 @@ def read_prompt(given, wanted):
 def load(path_or_id, device):
     """(model, tokenizer) of any causal language model in the hub's layout."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, padding_side="left", trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            path_or_id, use_safetensors=True, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
+            path_or_id, use_safetensors=True, trust_remote_code=False, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
             output_loading_info=True)
     except Exception as error:                                # transformers raises many kinds, and says what is wrong
         raise ValueError(f"--model {path_or_id} cannot be loaded: {str(error)[:300]}") from None

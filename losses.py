@@ -4,6 +4,7 @@ Images are (B, 3, H, W) in [-1, 1]; every loss is a mean over the batch, so that
 """
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -26,7 +27,11 @@ class ClipScorer:
     @classmethod
     def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32):
         """A CLIP of the hub's layout, for instance openai/clip-vit-large-patch14, whose text encoder is SD 1.5's."""
-        clip, report = CLIPModel.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype, output_loading_info=True)
+        try:
+            clip, report = CLIPModel.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype, output_loading_info=True)
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path_or_id}: its weights are damaged, or not those of its config.json: "
+                             f"{str(error).splitlines()[0]}") from None
         if report["missing_keys"]:
             raise ValueError(f"{path_or_id} lacks weights: {sorted(report['missing_keys'])[0]}")
         return cls(clip.to(device), CLIPTokenizer.from_pretrained(path_or_id))
@@ -42,7 +47,8 @@ class ClipScorer:
         return F.normalize(features.pooler_output.float(), dim=-1)
 
     def embed_views(self, images, views, generator=None):
-        """Some images (B, 3, H, W) each -> their embeddings (views * B, D), in the same `view`s; 0: (B, D), as they are."""
+        """Some images (B, 3, H, W) each -> their embeddings (views * B, D) in so many `view`s, shifted alike, with noise of their own;
+        0: (B, D), as they are."""
         shown = [view(torch.cat(images), generator) for _ in range(views)] or [torch.cat(images)]
         return map(torch.cat, zip(*[self.embed_images(s).chunk(len(images)) for s in shown]))
 

@@ -24,7 +24,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 import toy
-from cli import Parser, device, non_negative_float, positive_int, quiet_transformers, replace_file, seed_int
+from cli import Parser, device, non_negative_float, number, positive_int, quiet_transformers, replace_file, seed_int
 from data import read_edits, read_lines
 from losses import ClipScorer
 from pictures import load_image, to_pil
@@ -67,10 +67,10 @@ def prompt_to_prompt(model, captions, edited_captions, shares, noise, steps, tex
 
     def control(done):
         active = (shares > done).to(model.device)[:, None, None, None]
-        def share(probs, is_text):                            # (4B, heads, N, L): with text, without text; each image 1, image 2
-            first, second, without_text = probs.split([B, B, 2 * B])
+        def share(probs, is_text):                            # (4B, heads, N, L): with text, without text; each images 1, images 2
+            first, second, *without_text = probs.split(B)
             shared = first @ aligned + second * is_new if is_text else first
-            return torch.cat([first, torch.where(active, shared, second), without_text])
+            return torch.cat([first, torch.where(active, shared, second), *without_text])
         return share
 
     z = noise.repeat(2, 1, 1, 1)
@@ -145,6 +145,12 @@ def make(args):
         raise ValueError(f"--resolution {args.resolution} is no multiple of {model.vae_factor}")
     counts, todo = Counter(), []
     args.output.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name not in ("edits", "output", "batch_size", "device", "biases")}
+    file = args.output / "settings.json"
+    if file.is_file() and (old := json.loads(file.read_text())) != settings:
+        changed = ", ".join(name for name in settings if old.get(name) != settings[name])
+        raise ValueError(f"{args.output} holds pairs with another {changed}: choose another --output, or remove it")
+    replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=1)))
     for i, edit in enumerate(edits):
         folder = args.output / f"{i:07d}"
         if not folder.is_dir():
@@ -253,7 +259,7 @@ def main(argv=None):
     p.add_argument("--clip", help="directory or hub id of the CLIP that filters")
     p.add_argument("--samples", type=positive_int, help="pairs made of each edit (100; of the toy 8)")
     p.add_argument("--steps", type=positive_int, help="denoising steps (100; of the toy 20)")
-    p.add_argument("--cfg-text", type=non_negative_float, help="guidance of the text (7.5; of the toy 3)")
+    p.add_argument("--cfg-text", type=number(float, 1), help="guidance of the text, 1 or more (7.5; of the toy 3)")
     p.add_argument("--thresholds", type=non_negative_float, nargs=4, metavar=("IMAGE", "DIRECTION", "CAPTION", "EDITED"),
                    help="least CLIP similarities: image to image, direction, each image to its caption")
     p.add_argument("--resolution", type=positive_int, help="of the images (512; of the toy 32)")
@@ -261,6 +267,9 @@ def main(argv=None):
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--seed", type=seed_int, default=0)
     p.add_argument("--biases", action="store_true", help="measure the pairs of --output, made from 'toy', instead of making some")
+    given = {name for name, value in vars(p.parse_args(argv)).items() if value != p.get_default(name)}
+    if "biases" in given and (unused := given - {"biases", "output", "edits"}):
+        p.error(f"--{min(unused).replace('_', '-')} has no effect on --biases, which measures pairs of 'toy' that are there")
     p.set_defaults(**(TOY if p.parse_args(argv).input == "toy" else REAL))
     args = p.parse_args(argv)
     quiet_transformers()

@@ -11,6 +11,8 @@ import copy
 import json
 import math
 import random
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -140,8 +142,11 @@ def pretrain_clip(folder, tokenizer, config, steps, precision):
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
     train(clip, loss_of, steps, 1e-3, precision, folder.name)
-    clip.eval().half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    clip.eval().half().save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)                                  # whole, or not there
     scenes = list({s.caption: s for s in (toy.edit("test", i).scene for i in range(400))}.values())[:100]
     with torch.no_grad():
         found = similarities(scenes, toy.render(scenes)).argmax(1) == torch.arange(100)
@@ -175,8 +180,9 @@ def pretrain_text2image(path, steps, precision):
     The latents of the scenes are computed once, before."""
     unet = UNet(TEXT2IMAGE).to(memory_format=torch.channels_last)
     write_json(path / "scheduler/scheduler_config.json", SCHEDULER)
-    save_part(unet, path / "text2image", TEXT2IMAGE)
-    model = EditModel.from_pretrained(path, unet="text2image")
+    with tempfile.TemporaryDirectory(dir=path) as start:      # for the other parts alone: what is in text2image/ stays
+        save_part(unet, Path(start), TEXT2IMAGE)
+        model = EditModel.from_pretrained(path, unet=Path(start).name)
     ema = copy.deepcopy(unet)
     captions, latents = [], []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -206,21 +212,7 @@ def pretrain_text2image(path, steps, precision):
     print(f"text2image: CLIP finds the right one among 100 captions for {(found == torch.arange(100)).float().mean():.0%}")
 
 
-def main(argv=None):
-    p = Parser("pretrain.py", description=__doc__.split("\n")[0])
-    p.add_argument("--output", type=Path, default=HERE / "models/toy")
-    p.add_argument("--parts", nargs="+", choices=("clip", "vae", "text2image", "judge"), default=("clip", "vae", "text2image"),
-                   help="a judge is a second CLIP, which no training sees (claims.py)")
-    p.add_argument("--clip-steps", type=positive_int, default=2500, help="also of the judge")
-    p.add_argument("--vae-steps", type=positive_int, default=2500)
-    p.add_argument("--text2image-steps", type=positive_int, default=5000)
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster where the CPU has AMX")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 32), default=0)
-    args = p.parse_args(argv)
-    if "text2image" in args.parts:
-        for part in ("clip", "vae"):
-            if part not in args.parts and not (args.output / part / "config.json").is_file():
-                p.error(f"text2image needs {args.output / part}: make it first, with --parts {part}")
+def make(args):
     for part in args.parts:
         torch.manual_seed(args.seed)
         random.seed(args.seed)
@@ -234,6 +226,27 @@ def main(argv=None):
             pretrain_text2image(args.output, args.text2image_steps, args.precision)
         if part == "judge":
             pretrain_clip(args.output / "judge", make_tokenizer(args.output / "judge"), JUDGE, args.clip_steps, args.precision)
+
+
+def main(argv=None):
+    p = Parser("pretrain.py", description=__doc__.split("\n")[0])
+    p.add_argument("--output", type=Path, default=HERE / "models/toy")
+    p.add_argument("--parts", nargs="+", choices=("clip", "vae", "text2image", "judge"), default=("clip", "vae", "text2image"),
+                   help="a judge is a second CLIP, which no training sees (claims.py)")
+    p.add_argument("--clip-steps", type=positive_int, default=2500, help="also of the judge")
+    p.add_argument("--vae-steps", type=positive_int, default=2500)
+    p.add_argument("--text2image-steps", type=positive_int, default=5000)
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is faster where the CPU has AMX")
+    p.add_argument("--seed", type=number(int, 0, 2 ** 32), default=0)
+    args = p.parse_args(argv)
+    if "text2image" in args.parts:
+        for part in ("clip", "vae"):
+            if part not in args.parts and not list((args.output / part).glob("*.safetensors")):
+                p.error(f"text2image needs {args.output / part}: make it first, with --parts {part}")
+    try:
+        make(args)
+    except (ValueError, OSError) as error:
+        p.error(str(error))
 
 
 if __name__ == "__main__":

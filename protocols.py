@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 from transformers import ViTModel
@@ -180,7 +181,7 @@ def load_judge(kind, path_or_id, device):
     """A ClipScorer or Dino."""
     try:
         return kind.from_pretrained(path_or_id, device)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path_or_id} cannot be loaded by {kind.__name__}: {str(error).splitlines()[0]}") from None
 
 

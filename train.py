@@ -203,8 +203,8 @@ def parse(argv):
     p.add_argument("--accumulate", type=positive_int, default=1, help="forward passes an optimizer step")
     p.add_argument("--resolution", type=positive_int, help="images are cropped to this square")
     p.add_argument("--lr", type=non_negative_float, help="AdamW's learning rate")
-    p.add_argument("--clip-grad", type=non_negative_float, default=1.0, help="bound of the gradient's norm")
-    p.add_argument("--ema", type=non_negative_float, default=.9999, help="decay of the weights' moving average")
+    p.add_argument("--clip-grad", type=number(float, 1e-6), default=1.0, help="bound of the gradient's norm")
+    p.add_argument("--ema", type=number(float, 0, 1), default=.9999, help="decay of the weights' moving average")
     p.add_argument("--weights", type=non_negative_float, nargs=4, metavar=("CLIP", "ATTN", "SIM", "RECON"), help="of the losses")
     p.add_argument("--denoise", type=non_negative_float, default=1.0, help="weight of denoising the input without text")
     p.add_argument("--delta", type=non_negative_float, default=0.,
@@ -217,7 +217,7 @@ def parse(argv):
                    help="steps of a sampled edit that stands for the one-step estimate")
     p.add_argument("--views", type=number(int, 0, 64), help="random views of an image that CLIP judges; 0 for the image as it is")
     p.add_argument("--identity-steps", type=number(int, 0), default=0,
-                   help="first, so many of --objective identity, and as many with --delta (300 from text2image)")
+                   help="first, so many of --objective identity with its own defaults, and as many with --delta (300 from text2image)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")

@@ -126,9 +126,13 @@ class EditModel:
     def __init__(self, unet, vae, text_encoder, tokenizer, scheduler, defaults=None):
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.scheduler, self.defaults = scheduler, defaults or {}
-        for key, value in (("beta_schedule", "scaled_linear"), ("prediction_type", "epsilon")):
+        for key, value in (("beta_schedule", "scaled_linear"), ("prediction_type", "epsilon"), ("trained_betas", None),
+                           ("rescale_betas_zero_snr", False)):
             if scheduler.get(key, value) != value:
                 raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is not supported, only {value!r}")
+        for key in ("beta_start", "beta_end", "num_train_timesteps", "steps_offset"):
+            if type(scheduler.get(key, 0)) not in (int, float):
+                raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is no number")
         betas = torch.linspace(scheduler.get("beta_start", 0.00085) ** .5, scheduler.get("beta_end", 0.012) ** .5,
                                scheduler.get("num_train_timesteps", 1000)) ** 2
         for module in (unet, vae):

@@ -295,7 +295,7 @@ def test_what_a_sample_of_a_shard_may_look_like(tmp_path):
     write_shard(tmp_path / "a.tar", [("1.png", jpeg(kind="PNG")), ("1.json", texts), ("1.txt", b"one"),
                                      ("2.cls", b"7"), ("2.json", texts), ("2.txt", b"two"), ("2.webp", jpeg(kind="WEBP")),
                                      ("../../3.JPG", jpeg()), ("../../3.json", texts), ("../../3.txt", b"three"),
-                                     ("no image.json", texts), ("README", b"?")])
+                                     ("no image.json", texts), ("README", b"?"), ("1.seg.png", jpeg(kind="PNG"))])
     with tarfile.open(tmp_path / "a.tar", "a") as tar:
         link = tarfile.TarInfo("4.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
@@ -425,6 +425,14 @@ def test_bad_seeds_are_refused_in_one_line(tmp_path, text):
     with pytest.raises(ValueError, match="seeds.json") as error:
         InstructPix2Pix(tmp_path, "train", 16, pairs=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_directory_of_which_no_seed_is_named_is_a_broken_sample(tmp_path):
+    tree(tmp_path, 1, seeds=[1])
+    (tmp_path / "seeds.json").write_text('[["0000000", []], ["0000000", []]]')
+    source = InstructPix2Pix(tmp_path, "train", 16, pairs=True)
+    _, errors = source.__getitems__([(0, source.items[0])])
+    assert "names no pair" in str(errors)
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------------------

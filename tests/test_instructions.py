@@ -212,7 +212,7 @@ def test_an_answer_is_one_object_of_the_texts_asked_for():
     spaced = json.dumps(fields | {"instruction": " paint the barn blue "}, indent=1)
     assert judge(f" {spaced}\n", job, TEXTS[1:]) == (None, job | fields)
     for answer in ("", "[]", json.dumps(fields)[:-1], json.dumps(fields | {"note": ""}), f"```{json.dumps(fields)}",
-                   json.dumps(fields | {"instruction": 1}), json.dumps({"instruction": "paint it blue"}), str(fields)):
+                   json.dumps(fields | {"instruction": 1}), "[" * 100_000, json.dumps({"instruction": "paint it blue"}), str(fields)):
         reason, record = judge(answer, job, TEXTS[1:])
         assert "JSON" in reason and record == job | {"reason": reason, "answer": answer}
     assert "markup" in judge(json.dumps(fields | {"instruction": "paint it blue \ud83d"}), job, TEXTS[1:])[0]
@@ -413,11 +413,11 @@ def test_bad_input_is_refused(guessing, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes(b"a dog\na cr\xeape\n")
     shard(tmp_path / "odd.tar", {"1.txt": b"a dog", "2.json": b"[]"})
     for name, content in (("empty.txt", []), ("blank.txt", ["", " "]), ("broken.jsonl", [{"caption": "a dog"}, "{"]),
-                          ("list.jsonl", ["[]"]), ("wordless.jsonl", [{"caption": ""}]), ("a.csv", ["caption"])):
+                          ("list.jsonl", ["[]"]), ("deep.jsonl", ["[" * 100_000]), ("wordless.jsonl", [{"caption": ""}]), ("a.csv", ["caption"])):
         write(tmp_path / name, *content)
     for name, word in (("absent.txt", "no such"), ("a.csv", ".txt, .jsonl or .tar"), ("*.png", "no such"), (".", "no such"),
                        ("{0..1}.tar", "0.tar"), ("empty.txt", "no caption"), ("blank.txt", "no caption"),
-                       ("broken.jsonl", "broken.jsonl, entry 2"), ("list.jsonl", "not a JSON object"),
+                       ("broken.jsonl", "broken.jsonl, entry 2"), ("list.jsonl", "no JSON object"), ("deep.jsonl", "deep.jsonl, entry 1"),
                        ("wordless.jsonl", "no text for caption or text"), ("latin.txt", "latin.txt, entry 2"),
                        ("cut.tar", "cut.tar"), ("odd.tar", "odd.tar, entry 2")):
         assert word in refuse(capsys, "--model", guessing, "--input", tmp_path / name, "--output", output), name

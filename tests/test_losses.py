@@ -189,6 +189,10 @@ def test_a_clip_on_disk_loads_the_same_and_incomplete_is_refused(scorer, tmp_pat
     scorer.clip.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match="visual_projection"):
         ClipScorer.from_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        ClipScorer.from_pretrained(tmp_path)
 
 
 # ---- the cycle -------------------------------------------------------------------------------------------------------
@@ -225,6 +229,23 @@ def test_the_cycle_is_two_one_step_edits(trained, expected):
     torch.testing.assert_close(trip.reconstructed, trained.decode(z_recon), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(x_r[:, 4:] * trained.vae.scaling_factor, z_edit, atol=1e-4, rtol=1e-4)
     assert len(trip.forward_maps) == len(trip.reverse_maps) == 11
+
+
+@pytest.mark.parametrize("choices", [{}, {"start": "noise"}, {"reverse_start": "edit"}, {"reencode": True}], ids=str)
+def test_what_the_cycle_noises_and_sees(trained, expected, choices):
+    """The choices that the paper leaves open: the latents that are noised, forward and back, and the image of the way back."""
+    calls, images = [], expected["vae.images"]
+    hook = trained.unet.register_forward_hook(lambda module, args, eps: calls.append((*args[:2], eps)))
+    trip = round_trip(trained, images, **choices)
+    hook.remove()
+    (x_f, t_f, eps_f), (x_r, t_r, _) = calls
+    noise = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    z_input, z_edit = trained.encode(images), trained.remove_noise(x_f[:, :4], eps_f, t_f).clamp(-4, 4)
+    begun = noise[0] if "start" in choices else trained.add_noise(z_input, noise[0], t_f)
+    back = trained.add_noise(z_edit if "reverse_start" in choices else z_input, noise[1], t_r)
+    seen = trained.vae.encode(trip.edited) if "reencode" in choices else z_edit / trained.vae.scaling_factor
+    for found, by_hand in ((x_f[:, :4], begun), (x_r[:, :4], back), (x_r[:, 4:], seen)):
+        torch.testing.assert_close(found, by_hand, atol=1e-4, rtol=1e-4)
 
 
 def test_the_reconstructions_gradient_flows_through_both_edits(trained, scorer, expected):

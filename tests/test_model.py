@@ -1,6 +1,7 @@
 """The model against diffusers' golden values, its checkpoints, and the identities of its equations."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from uip2p import EditModel
+from uip2p import EditModel, one_step, update_average
 from unet import SD15, UNet
 from vae import VAE
 
@@ -349,6 +350,8 @@ NORM, UNET, VAE_FILE, TEXT = "text_model.final_layer_norm.weight", f"unet/{WEIGH
     ("tokenizer/vocab.json", lambda f: f.unlink(), "tokenizer"),
     ("scheduler/scheduler_config.json", lambda f: edit_json(f, prediction_type="v_prediction"), "prediction_type"),
     ("scheduler/scheduler_config.json", lambda f: edit_json(f, beta_schedule="linear"), "beta_schedule"),
+    ("scheduler/scheduler_config.json", lambda f: edit_json(f, rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    ("scheduler/scheduler_config.json", lambda f: edit_json(f, beta_start="small"), "beta_start"),
     ("unet", lambda d: (shard_unet(d.parent), (d / f"{WEIGHTS}-00002-of-00002.safetensors").unlink()), "00002-of-00002"),
     ("", lambda d: [shutil.rmtree(f) if f.is_dir() else f.unlink() for f in d.iterdir()], "model"),
     ("", lambda d: (shutil.rmtree(d), d.write_text("a file")), "model"),
@@ -437,6 +440,32 @@ def test_noise_is_removed_as_it_was_added(golden, t):
         signal, share = (golden.add_noise(*pair, t)[row].mean() for pair in ((torch.ones_like(z_0), 0 * noise), (0 * z_0, torch.ones_like(noise))))
         assert signal ** 2 == pytest.approx(golden.alphas_cumprod[t[row]].item(), rel=1e-4)
         assert signal ** 2 + share ** 2 == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 200, 500, 999])
+def test_the_one_step_estimate_is_bounded_and_its_gradient_does_not_grow(golden, t):
+    """z_0 = (z_t - sqrt(1 - abar) eps) / sqrt(abar), within +-4; where that divides by less than it multiplies, the gradient is 1."""
+    eps = torch.full((1, 4, 2, 2), .1, requires_grad=True)
+    model = SimpleNamespace(unet=lambda *inputs: eps, remove_noise=golden.remove_noise, alphas_cumprod=golden.alphas_cumprod)
+    image, steps, abar = torch.zeros(1, 4, 2, 2), torch.tensor([t]), golden.alphas_cumprod[t].item()
+    _, z_0 = one_step(model, torch.full((1, 4, 2, 2), .2), steps, image, None)
+    ratio = (1 - abar) ** .5 / abar ** .5
+    torch.testing.assert_close(z_0, torch.full_like(z_0, .2 / abar ** .5 - .1 * ratio))
+    z_0.sum().backward()
+    torch.testing.assert_close(eps.grad, torch.full_like(eps, -min(ratio, 1)))
+    assert one_step(model, torch.full((1, 4, 2, 2), 90.), steps, image, None)[1].unique().item() == 4
+
+
+def test_the_average_moves_slowly_once_it_is_warm():
+    average, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for module, value in ((average, 0.), (model, 1.)):
+        torch.nn.init.constant_(module.weight, value)
+    moved = []
+    for step, decay in ((0, .9999), (90, .9999), (10 ** 6, .9999), (10 ** 6, .5)):
+        torch.nn.init.zeros_(average.weight)
+        update_average(average, model, step, decay)
+        moved.append(average.weight.item())
+    assert moved == pytest.approx([.9, .09, 1e-4, .5], rel=1e-3)          # 1 - min(decay, (1 + n) / (10 + n))
 
 
 def test_noise_has_its_share_in_half_precision(golden):

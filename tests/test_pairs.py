@@ -109,12 +109,25 @@ def test_pairs_are_written_as_instruct_pix2pix_has_them_and_resumed(tmp_path):
 
 def test_other_texts_than_those_of_the_output_are_refused(tmp_path, capsys):
     make(tmp_path / "pairs")
-    (tmp_path / "edits.jsonl").write_text(json.dumps({"caption": "a cat", "instruction": "add a dog", "edited_caption": "pets"}))
+    texts = next((tmp_path / "pairs").glob("*/prompt.json"))
+    texts.write_text(texts.read_text().replace("caption", "text"))
+    assert "another edit" in refused(capsys, tmp_path / "pairs")
+
+
+def refused(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
-        make(tmp_path / "pairs", "--input", str(tmp_path / "edits.jsonl"), "--model", "models/toy", "--clip", "models/toy/clip")
-    assert stop.value.code == 2
+        make(*argv)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("pairs.py: error: ") and "another edit" in last
+    assert stop.value.code == 2 and last.startswith("pairs.py: error: ")
+    return last
+
+
+@pytest.mark.parametrize("flags, says", [(["--seed", "7"], "another seed"), (["--steps", "3"], "another steps"),
+                                         (["--cfg-text", "0.5"], "--cfg-text"), (["--biases"], "no effect on --biases")])
+def test_other_settings_than_those_of_the_output_are_refused(tmp_path, capsys, flags, says):
+    if flags[0] in ("--seed", "--steps"):
+        make(tmp_path / "pairs")
+    assert says in refused(capsys, tmp_path / "pairs", *flags)
 
 
 def test_a_fitted_scene_is_the_one_that_was_drawn():

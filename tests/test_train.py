@@ -453,6 +453,25 @@ def test_the_loss_of_one_batch_falls(model, objective):
     assert losses[-1] < .9 * losses[0]
 
 
+def test_the_learning_rate_is_warmed_up_and_stays():
+    assert [train.learning_rate(step, 3.) for step in (0, 49, 99, 100, 5000)] == pytest.approx([.03, 1.5, 3, 3, 3])
+
+
+def test_the_forward_edit_is_noised_from_t_min_on(model, monkeypatch):
+    """The reverse edit is noised at any time, and the choices that the paper leaves open reach the cycle."""
+    args, seen = options("--t-min", "700", "--start", "noise", "--reverse-start", "edit", "--reencode", "--sharp", "3"), []
+    def watched(model, images, forward, back, t, t_hat, noise, *choices):
+        seen.append((t, t_hat, noise, choices))
+        raise StopIteration
+    monkeypatch.setattr(train, "cycle", watched)
+    batch = next(train.batches(train.open_data("toy", "train", args), 64, seed=0))
+    with pytest.raises(StopIteration):
+        train.round_trip_losses(model, None, batch, args, torch.Generator().manual_seed(0))
+    ((t, t_hat, noise, choices),) = seen
+    assert 700 <= t.min() < 720 and 980 < t.max() < 1000 and t_hat.min() < 60 and t_hat.max() > 900
+    assert choices == ("noise", "edit", True, 3) and not torch.equal(noise[0], noise[1]) and noise.std() == pytest.approx(1, abs=.05)
+
+
 def test_conditioning_dropout(model):
     """No text below .10, no image from .05 to .15; the image latents are the unscaled mode."""
     r = torch.tensor([0, .049, .05, .099, .1, .149, .15, .999])
@@ -533,6 +552,7 @@ def test_damage_outside_the_edit_counts_as_outside_alone(scorer):
     scores = judge([edit], images, damaged, scorer)
     assert scores["inside"].item() == 0 and scores["right"].item() == 1 and scores["outside"].item() == pytest.approx(.1, rel=1e-4)
     assert scores["L1"].item() == pytest.approx(.1 * (~mask).float().mean().item(), rel=1e-3)
+    assert scores["L2"].item() == pytest.approx(.01 * (~mask).float().mean().item(), rel=1e-3)
 
 
 def test_an_object_may_be_added_at_any_free_place(scorer):
