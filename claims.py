@@ -168,9 +168,11 @@ def report(scores, references):
         return ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|",
                 *(f"| {name} | " + " | ".join(spread(row[c]) for c in columns) + " |" for name, row in rows.items()), ""]
     rows = {title: scores[run] for run, (title, _) in RUNS.items()}
-    lines = [f"{seeds} seeds of the training, mean ± standard deviation over them; {SCENES} held-out scenes, the same for all, {STEPS} steps.",
-             "", *table(EDITS, {name: {c: [row[c]] for c in EDITS} for name, row in references.items()} | rows),
+    lines = [f"{seeds} seeds of the training, mean ± standard deviation over them; the CLIP, VAE and text-to-image UNet that they start",
+             f"from, the judge and its {SCENES} held-out scenes are the same for all. {STEPS} steps unless a column says otherwise.", "",
+             *table(EDITS, {name: {c: [row[c]] for c in EDITS} for name, row in references.items()} | rows),
              *table(MORE, rows), *table(MAPS, rows),
+             f"A verdict is that of a 95 % interval (Student's t, paired by seed); of {len(CLAIMS)} such, one would miss by chance.", "",
              "| claim | the paper | score, of - | mean | 95 % | seeds for it | verdict |", "|---|---|---|---|---|---|---|"]
     for claim in CLAIMS:
         other = scores[claim.run]["mask"] if claim.other == "mask" else scores[claim.other][claim.score]

@@ -1,4 +1,4 @@
-"""train.py as a user runs it, in the toy world, a few steps at a time; and evaluate.py's judgement of edits by the truth."""
+"""train.py as a user runs it, in the toy world, a few steps at a time; and truth.py's judgement of edits."""
 import csv
 import json
 import os
