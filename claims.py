@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -214,16 +214,20 @@ def study(args):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // args.jobs, 1)))     # of each training
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool, tqdm(total=len(RUNS) * len(folders), desc="trainings") as bar:
-        for wave in (FIRST, [name for name in RUNS if name not in FIRST]):
-            jobs = [pool.submit(fulfil, name, folder, seed, judge_path, args.device)
-                    for seed, folder in folders.items() for name in wave]
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-                    bar.update()
-            except Exception:
-                pool.shutdown(cancel_futures=True)            # the others end what they have begun
-                raise
+        def begin(names, seed):
+            return {pool.submit(fulfil, name, folders[seed], seed, judge_path, args.device): (name, seed) for name in names}
+        jobs = {}
+        for seed in args.seeds:
+            jobs |= begin(FIRST, seed)
+        while jobs:
+            for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+                name, seed = jobs.pop(job)
+                if job.exception():
+                    pool.shutdown(cancel_futures=True)        # those that have begun still end
+                    raise job.exception()
+                bar.update()
+                if name == "baseline":
+                    jobs |= begin([run for run in RUNS if run not in FIRST], seed)
     judged = {run: [json.loads((folder / run / "scores.json").read_text())["scores"] for folder in folders.values()] for run in RUNS}
     scores = {run: {name: [row[name] for row in rows] for name in rows[0]} for run, rows in judged.items()}
     lines = report(scores, references(ClipScorer.from_pretrained(judge_path)))

@@ -1,9 +1,11 @@
 """claims.py: the verdicts by numbers worked out by hand, and a run of a few steps as the study makes it."""
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from PIL import Image
 
 import claims
 import toy
@@ -132,6 +134,52 @@ def test_a_training_that_stops_names_its_log(tmp_path, monkeypatch):
         claims.fulfil("attn", tmp_path, 0, CLIP, "cpu")
     assert "error: " in (tmp_path / "attn/log.txt").read_text()
     assert not (tmp_path / "attn/scores.json").exists()
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study whose trainings only note that they were made: (their list, in the order of their ends, a run of the study)."""
+    made = []
+    def fulfil(name, folder, seed, judge_path, on):
+        assert name in claims.FIRST or ("baseline", seed) in made
+        if (name, seed) == broken:
+            raise ValueError("it broke")
+        (folder / name).mkdir(parents=True)
+        (folder / name / "scores.json").write_text(json.dumps({"scores": {c: seed / 10 for c in fake_scores()["base"]}}))
+        made.append((name, seed))
+    broken = None
+    def run(*argv, at=None):
+        nonlocal broken
+        broken = at
+        claims.main(["--seeds", "1", "2", "4", "--output", str(tmp_path / "out"), *argv])
+        return tmp_path / "out"
+    monkeypatch.setattr(claims, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(claims, "fulfil", fulfil)
+    monkeypatch.setattr(claims.pretrain, "main", lambda argv: made.append(argv))
+    monkeypatch.setattr(claims.ClipScorer, "from_pretrained", lambda path: path)
+    monkeypatch.setattr(claims, "references", lambda scorer: {"copy": dict.fromkeys(claims.EDITS, .5)})
+    monkeypatch.setattr(claims, "picture", lambda folder: Image.new("RGB", (folder == tmp_path / "out/seed-1", 1)))
+    return made, run
+
+
+def test_a_study_makes_the_judge_and_every_run_and_writes_what_they_say(study, capsys):
+    made, run = study
+    output = run("--jobs", "2")
+    (judge, *made) = made
+    assert judge[:2] == ["--parts", "judge"] and judge[judge.index("--seed") + 1] != "0"      # another seed than the shipped CLIP's
+    assert sorted(made) == sorted((name, seed) for name in claims.RUNS for seed in (1, 2, 4))
+    text = (output / "claims.md").read_text()
+    assert "0.233 ± 0.153" in text and text.strip() in capsys.readouterr().out             # of .1, .2, .4
+    assert json.loads((output / "claims.json").read_text())["scores"]["attn"]["L1"] == [.1, .2, .4]
+    assert Image.open(output / "claims.png").size == (1, 1)                                 # of the first seed
+
+
+def test_a_study_stops_at_the_first_training_that_does(study, capsys):
+    made, run = study
+    with pytest.raises(SystemExit) as stop:
+        run("--jobs", "1", at=("scratch", 1))
+    assert stop.value.code == 2 and "claims.py: error: it broke" in capsys.readouterr().err
+    assert len(made) < 6
 
 
 @pytest.mark.parametrize("seeds", [["0", "0"], ["-1"], [str(i) for i in range(11)]])
