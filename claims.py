@@ -168,11 +168,11 @@ def report(scores, references):
         return ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|",
                 *(f"| {name} | " + " | ".join(spread(row[c]) for c in columns) + " |" for name, row in rows.items()), ""]
     rows = {title: scores[run] for run, (title, _) in RUNS.items()}
-    lines = [f"{seeds} seeds of the training, mean ± standard deviation over them; the CLIP, VAE and text-to-image UNet that they start",
-             f"from, the judge and its {SCENES} held-out scenes are the same for all. {STEPS} steps unless a column says otherwise.", "",
+    lines = [f"{seeds} seeds of the training, mean ± standard deviation over them; the same for all are the CLIP, VAE and UNet that",
+             f"they start from, the judge and its {SCENES} held-out scenes.  {STEPS} steps unless a column says otherwise.", "",
              *table(EDITS, {name: {c: [row[c]] for c in EDITS} for name, row in references.items()} | rows),
              *table(MORE, rows), *table(MAPS, rows),
-             f"A verdict is that of a 95 % interval (Student's t, paired by seed); of {len(CLAIMS)} such, one would miss by chance.", "",
+             f"Verdicts by 95 % intervals (Student's t, paired by seed); of {len(CLAIMS)} such, one would miss by chance.", "",
              "| claim | the paper | score, of - | mean | 95 % | seeds for it | verdict |", "|---|---|---|---|---|---|---|"]
     for claim in CLAIMS:
         other = scores[claim.run]["mask"] if claim.other == "mask" else scores[claim.other][claim.score]
@@ -207,13 +207,14 @@ def picture(folder):
 
 def study(args):
     judge_path = args.output / "judge"
-    print(f"{len(args.seeds)} seeds of {len(RUNS)} trainings, {args.jobs} side by side on {args.device}; log.txt of each below {args.output}")
+    print(f"{len(args.seeds)} seeds of {len(RUNS)} trainings, {args.jobs} side by side on {args.device}, below {args.output}")
     if not (judge_path / "model.safetensors").is_file():
         pretrain.main(["--parts", "judge", "--seed", "1", "--precision", "bf16", "--output", str(args.output)])
     folders = {seed: args.output / f"seed-{seed}" for seed in args.seeds}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // args.jobs, 1)))     # of each training
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool, tqdm(total=len(RUNS) * len(folders), desc="trainings") as bar:
+    with (ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool,
+          tqdm(total=len(RUNS) * len(folders), desc="trainings") as bar):
         def begin(names, seed):
             return {pool.submit(fulfil, name, folders[seed], seed, judge_path, args.device): (name, seed) for name in names}
         jobs = {}
@@ -228,8 +229,10 @@ def study(args):
                 bar.update()
                 if name == "baseline":
                     jobs |= begin([run for run in RUNS if run not in FIRST], seed)
-    judged = {run: [json.loads((folder / run / "scores.json").read_text())["scores"] for folder in folders.values()] for run in RUNS}
-    scores = {run: {name: [row[name] for row in rows] for name in rows[0]} for run, rows in judged.items()}
+    scores = {}
+    for run in RUNS:
+        rows = [json.loads((folder / run / "scores.json").read_text())["scores"] for folder in folders.values()]
+        scores[run] = {name: [row[name] for row in rows] for name in rows[0]}
     lines = report(scores, references(ClipScorer.from_pretrained(judge_path)))
     for suffix, text in (("md", "\n".join(lines)), ("json", json.dumps({"seeds": args.seeds, "scores": scores}, indent=1))):
         replace_file(args.output / f"claims.{suffix}", lambda temporary: temporary.write_text(text + "\n"))

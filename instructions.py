@@ -177,8 +177,8 @@ def load(path_or_id, device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_id, padding_side="left", trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            path_or_id, use_safetensors=True, trust_remote_code=False, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
-            output_loading_info=True)
+            path_or_id, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True)
     except Exception as error:                                # transformers raises many kinds, and says what is wrong
         raise ValueError(f"--model {path_or_id} cannot be loaded: {str(error)[:300]}") from None
     if "}" not in tokenizer.get_vocab():                      # transformers makes an empty one where its files are missing

@@ -67,7 +67,7 @@ def prompt_to_prompt(model, captions, edited_captions, shares, noise, steps, tex
 
     def control(done):
         active = (shares > done).to(model.device)[:, None, None, None]
-        def share(probs, is_text):                            # (4B, heads, N, L): with text, without text; each images 1, images 2
+        def share(probs, is_text):                            # (4B, heads, N, L): with text (images 1, 2), without
             first, second, *without_text = probs.split(B)
             shared = first @ aligned + second * is_new if is_text else first
             return torch.cat([first, torch.where(active, shared, second), *without_text])
@@ -145,7 +145,8 @@ def make(args):
         raise ValueError(f"--resolution {args.resolution} is no multiple of {model.vae_factor}")
     counts, todo = Counter(), []
     args.output.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(args).items() if name not in ("edits", "output", "batch_size", "device", "biases")}
+    free = "edits", "output", "batch_size", "device", "biases"            # to change when a run goes on
+    settings = {name: value for name, value in vars(args).items() if name not in free}
     file = args.output / "settings.json"
     if file.is_file() and (old := json.loads(file.read_text())) != settings:
         changed = ", ".join(name for name in settings if old.get(name) != settings[name])

@@ -217,7 +217,7 @@ def parse(argv):
                    help="steps of a sampled edit that stands for the one-step estimate")
     p.add_argument("--views", type=number(int, 0, 64), help="random views of an image that CLIP judges; 0 for the image as it is")
     p.add_argument("--identity-steps", type=number(int, 0), default=0,
-                   help="first, so many of --objective identity with its own defaults, and as many with --delta (300 from text2image)")
+                   help="first, so many of --objective identity with its defaults, and as many with --delta (300 from text2image)")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")

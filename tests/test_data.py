@@ -1,7 +1,6 @@
 """The order of samples, and where they come from: folders of images, webdataset shards, InstructPix2Pix's tree, mixes."""
 import io
 import json
-import random
 import sys
 import tarfile
 from collections import Counter

@@ -1,7 +1,5 @@
 """Prompt-to-Prompt, the files that hold its pairs, and the measure of how much they change outside of the edit."""
 import json
-import random
-from pathlib import Path
 
 import pytest
 import torch

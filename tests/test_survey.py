@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import survey
-from pictures import load_image, save_png
+from pictures import save_png
 from protocols import read_magicbrush
 from test_evaluate import answers, magicbrush, rewrite
 
