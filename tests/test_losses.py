@@ -12,7 +12,7 @@ import losses
 from attention import edit_region, token_maps
 from conftest import GOLDEN
 from losses import ClipScorer, attention_loss, clip_direction_loss, clip_similarity_loss, cycle_losses, reconstruction_loss
-from uip2p import Cycle, EditModel, cycle, delta_edit
+from uip2p import Cycle, EditModel, cycle, delta_edit, edit_map
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +246,20 @@ def test_what_the_cycle_noises_and_sees(trained, expected, choices):
     seen = trained.vae.encode(trip.edited) if "reencode" in choices else z_edit / trained.vae.scaling_factor
     for found, by_hand in ((x_f[:, :4], begun), (x_r[:, :4], back), (x_r[:, 4:], seen)):
         torch.testing.assert_close(found, by_hand, atol=1e-4, rtol=1e-4)
+
+
+def test_the_map_of_an_edit_is_made_where_it_leads(trained, expected):
+    """The edited image is what is noised, the input is what the UNet is shown, and the words are the instruction's."""
+    calls, images = [], expected["vae.images"]
+    hook = trained.unet.register_forward_pre_hook(lambda module, args: calls.append(args))
+    region = edit_map(trained, images, images.flip(3), FORWARD, t=200)
+    hook.remove()
+    ((x, t, context, maps),) = calls
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x[:, :4], trained.add_noise(trained.encode(images.flip(3)), noise, t))
+    torch.testing.assert_close(x[:, 4:], trained.vae.encode(images))
+    assert t.tolist() == [200, 200] and torch.equal(context, trained.encode_text(FORWARD))
+    torch.testing.assert_close(region, edit_region(maps, trained.content_tokens(FORWARD), images.shape[-2:]))
 
 
 def test_the_reconstructions_gradient_flows_through_both_edits(trained, scorer, expected):
