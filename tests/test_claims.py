@@ -112,15 +112,14 @@ def test_what_obeying_scores(monkeypatch):
 
 
 def test_a_run_is_made_once_and_only_with_its_arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "SCENES", 5)
-    monkeypatch.setattr(claims, "STEPS", 1)
+    monkeypatch.setattr(claims, "measure", lambda model, scorer: {"right": model.unet.conv_in.weight.shape[1]})
     tiny = ["--steps", "1", "--batch-size", "2", "--log-every", "1"]
     monkeypatch.setattr(claims, "RUNS", {"baseline": ("", ["--objective", "ip2p", *tiny]),
                                          "attn": ("", ["--model", "{folder}/baseline/model", "--weights", "1", ".5", "1", "1", *tiny])})
     for name in claims.RUNS:
         claims.fulfil(name, tmp_path, 3, CLIP, "cpu")
-    given = json.loads((tmp_path / "attn/scores.json").read_text())["given"]
-    assert given[1] == f"{tmp_path}/baseline/model" and given[given.index("--seed") + 1] == "3"
+    given, scores = json.loads((tmp_path / "attn/scores.json").read_text()).values()
+    assert scores == {"right": 8} and given[1] == f"{tmp_path}/baseline/model" and given[given.index("--seed") + 1] == "3"
     log, model = (tmp_path / "attn/log.txt").read_text(), tmp_path / "attn/model/unet/diffusion_pytorch_model.safetensors"
     assert "cycle training" in log and model.is_file()
     claims.fulfil("attn", tmp_path, 3, CLIP, "cpu")
