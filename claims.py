@@ -151,12 +151,17 @@ def spread(values):
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
+def margin(differences):
+    """Half of the 95 % interval of a mean over two seeds or more, by Student's t."""
+    return T[len(differences) - 2] * statistics.stdev(differences) / len(differences) ** .5
+
+
 def verdict(differences, sign):
-    """Of a claim, from run - other of each seed: whether the 95 % interval of their mean (Student's t) leaves zero."""
+    """Of a claim, from run - other of each seed: whether the interval of their mean leaves zero, and on which side."""
     if len(differences) < 2:
         return "one seed: none"
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** .5
-    if abs(mean) <= T[len(differences) - 2] * error:
+    mean = statistics.mean(differences)
+    if abs(mean) <= margin(differences):
         return "not supported"
     return "supported" if mean * sign > 0 else "opposite"
 
@@ -177,10 +182,10 @@ def report(scores, references):
     for claim in CLAIMS:
         other = scores[claim.run]["mask"] if claim.other == "mask" else scores[claim.other][claim.score]
         differences = [a - b for a, b in zip(scores[claim.run][claim.score], other)]
-        margin = f"± {T[seeds - 2] * statistics.stdev(differences) / seeds ** .5:.3f}" if seeds > 1 else ""
+        either_side = f"± {margin(differences):.3f}" if seeds > 1 else ""
         agree = sum(d * claim.sign > 0 for d in differences)
         lines.append(f"| {claim.text} | {claim.paper} | {claim.score}: {claim.run} - {claim.other} | "
-                     f"{statistics.mean(differences):+.3f} | {margin} | {agree} of {seeds} | {verdict(differences, claim.sign)} |")
+                     f"{statistics.mean(differences):+.3f} | {either_side} | {agree} of {seeds} | {verdict(differences, claim.sign)} |")
     return lines
 
 
