@@ -161,8 +161,7 @@ def training(table, size, which, checkpointing, batches, parts_of, reserve):
     meta, real = random_model(size, "meta"), random_model(size, table.where)
     meta[1].clip.set_attn_implementation("eager")             # the other asks for values
     train.prepare(*meta, argparse.Namespace(**vars(args) | {"precision": "fp32"}))          # nor does autocast know meta tensors
-    average, optimizer = train.prepare(*real, args)
-    trained = [p for p in real[0].unet.parameters() if p.requires_grad]
+    trained, average, optimizer = train.prepare(*real, args)
     factor = real[0].vae_factor
 
     def zeros(model, batch, channels, side):
@@ -191,7 +190,7 @@ def training(table, size, which, checkpointing, batches, parts_of, reserve):
     def update():
         torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
         optimizer.step()
-        update_average(average, real[0].unet, 0)
+        update_average(average, trained, 0)
 
     def step(batch):
         backward(losses, *real, batch)

@@ -184,6 +184,7 @@ def pretrain_text2image(path, steps, precision):
         save_part(unet, Path(start), TEXT2IMAGE)
         model = EditModel.from_pretrained(path, unet=Path(start).name)
     ema = copy.deepcopy(unet)
+    average = list(ema.parameters())
     captions, latents = [], []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         for part in trange(500, desc="latents"):
@@ -197,7 +198,7 @@ def pretrain_text2image(path, steps, precision):
         context = model.encode_text([captions[i] if random.random() > .1 else "" for i in rows])
         z_0 = latents[rows]
         noise, t = torch.randn_like(z_0), torch.randint(1000, (len(z_0),))
-        update_average(ema, unet, step)
+        update_average(average, unet.parameters(), step)
         return noise_error(model, unet(model.add_noise(z_0, noise, t), t, context), noise, t)
 
     train(unet, loss_of, steps, 1e-3, precision, "text2image")

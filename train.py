@@ -91,22 +91,30 @@ def delta_loss(model, batch, image_latents, z_t, t, eps):
 
 
 def prepare(model, scorer, args):
-    """Sets what trains, in float32, and what is frozen, in args.precision.  Returns its moving average and optimizer."""
+    """Sets what trains, in float32, and what is frozen, in args.precision.  Returns the weights that train, their
+    moving average and optimizer."""
     unet = model.unet.train()
     unet.checkpointing = model.vae.checkpointing = args.checkpointing
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(args.train == "all" or ".attn2." in name or name.startswith("conv_in."))
-    frozen = [p for p in unet.parameters() if not p.requires_grad]
+    trained = [p for p in unet.parameters() if p.requires_grad]
     if args.precision == "bf16":
         for module in (model.vae, model.text_encoder, *([scorer.clip] if scorer else [])):
             module.bfloat16()
-        for parameter in frozen:
-            parameter.data = parameter.data.bfloat16()
+        for parameter in unet.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
     if args.delta:
         model.start = copy.copy(model)                        # as it is now, for good
         model.start.unet = copy.deepcopy(unet).requires_grad_(False).eval()
-    average = copy.deepcopy(unet, {id(p): p for p in frozen}).requires_grad_(False).eval()    # shares what is frozen
-    return average, torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], args.lr, weight_decay=.01, fused=True)
+    average = [p.detach().to("cpu" if args.ema_on_host else p.device, copy=True) for p in trained]
+    return trained, average, torch.optim.AdamW(trained, args.lr, weight_decay=.01, fused=True)
+
+
+def exchange(weights, average):
+    """The network gets its moving average; the second time, its weights again."""
+    for w, a in zip(weights, average):
+        w.data, a.data = a.data.to(w.device), w.data.to(a.device)
 
 
 def mean_of_processes(tensors):
@@ -205,6 +213,8 @@ def parse(argv):
     p.add_argument("--lr", type=non_negative_float, help="AdamW's learning rate")
     p.add_argument("--clip-grad", type=number(float, 1e-6), default=1.0, help="bound of the gradient's norm")
     p.add_argument("--ema", type=number(float, 0, 1), default=.9999, help="decay of the weights' moving average")
+    p.add_argument("--ema-on-host", action="store_true",
+                   help="keep that average in the host's memory, not the GPU's, and update it every tenth step")
     p.add_argument("--weights", type=non_negative_float, nargs=4, metavar=("CLIP", "ATTN", "SIM", "RECON"), help="of the losses")
     p.add_argument("--denoise", type=non_negative_float, default=1.0, help="weight of denoising the input without text")
     p.add_argument("--delta", type=non_negative_float, default=0.,
@@ -273,8 +283,8 @@ def run(args):
         model = EditModel.from_pretrained(before.output / "model", args.device)
     saved = copy.copy(model)                                  # with the frozen parts as they came
     saved.vae, saved.text_encoder = (copy.deepcopy(part).cpu() for part in (model.vae, model.text_encoder))
-    unet, (ema, optimizer) = model.unet, prepare(model, scorer, args)
-    saved.unet = ema
+    unet, (trained, average, optimizer) = model.unet, prepare(model, scorer, args)
+    every = 10 if args.ema_on_host else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("steps", "output", "log_every", "save_every", "workers")}
     first, rows, best, sums = 0, [], float("inf"), {}
@@ -289,10 +299,10 @@ def run(args):
             raise ValueError(f"{args.output} holds a run with another --{changed[0].replace('_', '-')} "
                              f"({state['settings'].get(changed[0])}): choose another --output, or remove it")
         unet.load_state_dict(state["unet"])
-        ema.load_state_dict(state["ema"])
+        for a, ema in zip(average, state["ema"]):
+            a.copy_(ema)
         optimizer.load_state_dict(state["optimizer"])
         first, rows, best, sums = state["step"], state["rows"], state["best"], state["sums"]
-    trained = [p for p in unet.parameters() if p.requires_grad]
     print(f"{args.objective} training of {sum(p.numel() for p in trained):,} parameters on {args.device}, "
           f"{args.precision}, from step {first}; " + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
 
@@ -317,7 +327,8 @@ def run(args):
             raise ValueError(f"the gradient is not finite at step {step + 1}; the last checkpoint is kept: try a smaller --lr")
         optimizer.step()
         optimizer.zero_grad()
-        update_average(ema, unet, step, args.ema)
+        if (step + 1) % every == 0:
+            update_average(average, trained, step, args.ema, every)
         progress.update()
         done = step + 1
         if done % args.log_every == 0:
@@ -329,7 +340,7 @@ def run(args):
             tqdm.write(", ".join(f"{k} {v}" for k, v in rows[-1].items()) + f", {rate:.1f} images/s, {memory:.1f} GiB")
             sums = {}
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            model.unet = ema
+            exchange(trained, average)
             score = validate(model, scorer, validation, args)
             score = score["cec" if args.objective == "cycle" else "loss"]
             tqdm.write(f"step {done}: validation {'L_CEC' if args.objective == 'cycle' else 'loss'} {score:.4f}")
@@ -338,12 +349,12 @@ def run(args):
             with autocast(args):
                 picture = figure(model, shown)
             save_png(picture, args.output / f"step-{done:06d}.png")
-            model.unet = unet
+            exchange(trained, average)
             best = min(best, score)
             if rows:
                 write_log(args.output, rows)
             replace_file(state_file, lambda path: torch.save(
-                {"unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                {"unet": unet.state_dict(), "ema": average, "optimizer": optimizer.state_dict(), "step": done,
                  "rows": rows, "best": best, "sums": sums, "settings": settings}, path))
     if dist.is_initialized():
         dist.barrier()                                        # nobody reads or ends before all is written

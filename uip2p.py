@@ -113,11 +113,12 @@ def with_image_channels(config, state):
 
 
 @torch.no_grad()
-def update_average(average, model, step, decay=.9999):
-    """The exponential moving average of what trains, warmed up as InstructPix2Pix does: min(decay, (1 + n) / (10 + n))."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters()) if p.requires_grad]
-    torch._foreach_lerp_(*map(list, zip(*pairs)), weight)
+def update_average(average, weights, step, decay=.9999, steps=1):
+    """The exponential moving average, two lists of tensors, warmed up as InstructPix2Pix does: min(decay, (1 + n) / (10 + n)).
+
+    steps: since the last update.  The average may lie on another device than the weights."""
+    weight = 1 - min(decay, (1 + step) / (10 + step)) ** steps
+    torch._foreach_lerp_(average, [w.to(a.device) for a, w in zip(average, weights)], weight)
 
 
 class EditModel:
