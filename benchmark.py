@@ -153,14 +153,17 @@ class Table:
         print(f"the bottleneck of {whole}: {what}, {share:.0%} of the time, at {row['of peak']:.0%} of the machine's peak")
 
 
-def training(table, size, which, checkpointing, batches, parts_of, reserve):
-    """The lines of the cycle's training step, of 256x256 or the toy's 32x32; for the batch `parts_of` also its parts."""
+def training(table, size, which, small, batches, parts_of, reserve):
+    """The lines of the cycle's training step, of 256x256 or the toy's 32x32; for the batch `parts_of` also its parts.
+
+    small: in little memory, with checkpointing and the moving average on the host."""
     gc.collect()                                              # the networks of the lines before
-    args = train.parse(["--device", table.where, "--train", which, *["--checkpointing"] * checkpointing,
+    args = train.parse(["--device", table.where, "--train", which, *["--checkpointing", "--ema-on-host"] * small,
                         *([] if size == "toy" else ["--data", "random", "--precision", "bf16"])])[1]
     meta, real = random_model(size, "meta"), random_model(size, table.where)
     meta[1].clip.set_attn_implementation("eager")             # the other asks for values
-    train.prepare(*meta, argparse.Namespace(**vars(args) | {"precision": "fp32"}))          # nor does autocast know meta tensors
+    no_data = {"precision": "fp32", "ema_on_host": False}     # nor does autocast know meta tensors
+    train.prepare(*meta, argparse.Namespace(**vars(args) | no_data))
     trained, average, optimizer = train.prepare(*real, args)
     factor = real[0].vae_factor
 
@@ -190,14 +193,15 @@ def training(table, size, which, checkpointing, batches, parts_of, reserve):
     def update():
         torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
         optimizer.step()
-        update_average(average, trained, 0)
+        if not small:
+            update_average(average, trained, 0)
 
     def step(batch):
         backward(losses, *real, batch)
         update()
         optimizer.zero_grad()
 
-    name, flops = f"training step, {which}{', checkpointing' * checkpointing}", count(lambda: backward(losses, *meta, 2)) / 2
+    name, flops = f"training step, {which}{', small' * small}", count(lambda: backward(losses, *meta, 2)) / 2
     for batch in batches:
         if not table.line(name, batch, lambda: step(batch), batch * flops, reserve=reserve):
             break
@@ -206,9 +210,12 @@ def training(table, size, which, checkpointing, batches, parts_of, reserve):
                                               count(lambda: backward(part, *meta, 2)) / 2 * batch, reserve=reserve))
                      for what, times, part in (("UNet and its backward", 2.5, unet), ("VAE decode and its backward", 2, decode),
                                                ("CLIP and its backward", 3 * max(args.views, 1), clip))]
-            moved = 13 * 4 * sum(p.numel() for p in trained)  # clipping moves a weight's 4 bytes 3 times, AdamW 7, the average 3
-            what = "clipping, AdamW, moving average"
-            table.bottleneck(f"{name}, batch {batch}", [*parts, (what, 1, table.line(what, batch, update, nbytes=moved))])
+            # clipping moves a weight's 4 bytes 3 times, AdamW 7, the average 3
+            moved, what = 4 * sum(p.numel() for p in trained), f"clipping, AdamW{', moving average' * (not small)}"
+            update_line = what, 1, table.line(what, batch, update, nbytes=(10 if small else 13) * moved)
+            table.bottleneck(f"{name}, batch {batch}", [*parts, update_line])
+    if small:
+        table.line("moving average on the host, each 10th step", None, lambda: update_average(average, trained, 0))
 
 
 def edits(table, size, dtype):
@@ -284,6 +291,9 @@ def main(argv=None):
     p.add_argument("--output", type=Path, help="a .json file")
     p.add_argument("--save", type=Path, help="only writes the random model into this folder, and its CLIP into clip/")
     args = p.parse_args(argv)
+    for name in ("device", "precision", "budget", "output"):
+        if args.save and getattr(args, name) != p.get_default(name):
+            p.error(f"--{name} has no effect with --save")
     quiet_transformers()
     cuda, toy = args.device.startswith("cuda"), args.size == "toy"
     args.precision = args.precision or ("fp16" if cuda else "fp32")

@@ -47,6 +47,7 @@ def test_the_table_of_the_toy(tmp_path, capsys, monkeypatch):
     unet, encode, decode = (named[part, 1]["TFLOP"] for part in ("UNet forward", "VAE encode", "VAE decode"))
     assert named["edit, 5 steps, 2 branches", 8]["TFLOP"] == pytest.approx(8 * (10 * unet + encode + decode))
     assert 0 < named["training step, all", 16]["of peak"] < 1 and 0 < named["CLIP and its backward", 16]["of peak"] < 1
+    assert named["training step, all, small", 16]["TFLOP"] > named["training step, all", 16]["TFLOP"]    # recomputed
     assert "the bottleneck of an edit of 50 steps: UNet" in said and "the bottleneck of training step, all, batch 16: " in said
     assert "the machine's peak" in said and "torch: " in said and ("compiled edit, 5 steps, 3 branches", 1) in named
 
@@ -54,6 +55,13 @@ def test_the_table_of_the_toy(tmp_path, capsys, monkeypatch):
 def test_flops_are_those_of_multiplications_and_additions_in_fused_attention_too():
     q = torch.zeros(2, 3, 16, 8, device="meta")
     assert benchmark.count(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 2 * 3 * 16 * 16 * 8
+
+
+def test_saving_measures_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--save", str(tmp_path / "model"), "--budget", "9"])
+    assert stop.value.code == 2 and capsys.readouterr().err == "benchmark.py: error: --budget has no effect with --save\n"
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_random_model_that_it_saves_edits(tmp_path):
