@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import time
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import train
-from cli import Parser, device, positive_int, quiet_transformers, replace_file
+from cli import Parser, device, peak_memory, positive_int, quiet_transformers, replace_file
 from data import Batch
 from losses import ClipScorer
 from uip2p import EditModel, read_json, update_average
@@ -128,11 +127,10 @@ class Table:
             except torch.OutOfMemoryError:
                 row["skipped"] = "does not fit"
         if "skipped" not in row:
-            s, memory = statistics.median(times), (torch.cuda.max_memory_allocated() if self.cuda else
-                                                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            s = statistics.median(times)
             self.rate = flops / s if flops else self.rate
             row |= {"s": s, "spread": (max(times) - min(times)) / s if repeats > 1 else None,
-                    "images/s": batch and batch / s, "GiB": memory / 2 ** 30, "TFLOP": flops / 1e12 or None,
+                    "images/s": batch and batch / s, "GiB": peak_memory(self.where), "TFLOP": flops / 1e12 or None,
                     "TFLOP/s": flops / s / 1e12 or None, "of peak": (flops / self.peak + nbytes / self.bandwidth) / s or None,
                     "of plain": plain and s / plain}
         self.rows.append(row)
@@ -201,7 +199,7 @@ def training(table, size, which, small, batches, parts_of, reserve):
         update()
         optimizer.zero_grad()
 
-    name, flops = f"training step, {which}{', small' * small}", count(lambda: backward(losses, *meta, 2)) / 2
+    name, flops = f"training step, {which}{', checkpointing' * small}", count(lambda: backward(losses, *meta, 2)) / 2
     for batch in batches:
         if not table.line(name, batch, lambda: step(batch), batch * flops, reserve=reserve):
             break
@@ -314,12 +312,16 @@ def main(argv=None):
     table, rest = Table(args.device, args.budget), args.budget * .6
     table.machine(DTYPES["fp32" if toy and not cuda else "bf16"])                         # train.py's precision
     if cuda or toy:
-        training(table, args.size, "cross-attention", cuda, (1, 16), None, rest)
-        training(table, args.size, "all", True, BATCHES if cuda else (16,), None, rest)
-        training(table, args.size, "all", False, BATCHES, 16, rest)
+        trainings = (("cross-attention", cuda, (1, 16), None), ("all", True, BATCHES if cuda else (16,), None),
+                     ("all", False, BATCHES, 16))
     else:
         print("not measured: training all, and other batches, for which a laptop's memory and time are too small")
-        training(table, args.size, "cross-attention", True, (1,), 1, rest)
+        trainings = ("cross-attention", True, (1,), 1),
+    for which, small, batches, parts_of in trainings:
+        try:
+            training(table, args.size, which, small, batches, parts_of, rest)
+        except torch.OutOfMemoryError:
+            print(f"not measured: training {which}, which does not fit")
     table.machine(DTYPES[args.precision])
     edits(table, args.size, DTYPES[args.precision])
     if args.output:

@@ -1,7 +1,10 @@
 """What the commands share: errors of one line, the types of their numbers, files that are whole or not there."""
 import argparse
+import json
 import math
 import os
+import resource
+import sys
 
 import torch
 from transformers.utils import logging
@@ -43,6 +46,13 @@ def device(text):
     return text
 
 
+def peak_memory(where):
+    """GiB at the peak so far: what torch had allocated on a GPU, or what the whole process had on a CPU."""
+    if where.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
 def quiet_transformers():
     """No progress bar for the loading of a text encoder, no remark on a text that is too long: the commands say it."""
     logging.set_verbosity_error()
@@ -58,3 +68,13 @@ def replace_file(path, write):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def keep_settings(folder, settings, results):
+    """Writes a folder's settings.json; ValueError if there are `results` in it, a glob pattern, that were made with others."""
+    file = folder / "settings.json"
+    old = json.loads(file.read_text()) if file.is_file() and any(folder.glob(results)) else settings
+    if changed := [name for name in settings if old.get(name) != settings[name]]:
+        raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose another --output, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=1)))

@@ -25,7 +25,6 @@ from glob import glob
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -155,13 +154,13 @@ def transform(images, resolution, may_flip, rng):
 
 # ---- sources -------------------------------------------------------------------------------------------------------------
 
-def shuffled(n, seed, epoch):
-    """range(n) in an order that is a pure function of (seed, epoch); of several processes, each gets its share."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if n < world:
-        raise ValueError(f"{n} samples or shards are too few for {world} processes")
+def shuffled(n, seed, epoch, share):
+    """A share, a slice, of range(n) in an order that is a pure function of (seed, epoch)."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
-    return torch.randperm(n, generator=generator).tolist()[rank::world]
+    order = torch.randperm(n, generator=generator).tolist()[share]
+    if not order:
+        raise ValueError(f"{n} samples or shards are too few for {share.step} processes")
+    return order
 
 
 class Source(torch.utils.data.Dataset):
@@ -174,12 +173,12 @@ class Source(torch.utils.data.Dataset):
         self.items, self.resolution, self.seed, self.pairs = items, resolution, seed, pairs
         self.needed = ("instruction",) if pairs else TEXTS
 
-    def order(self, seed, first):
-        """Endless (epoch, item) from position `first` on."""
+    def order(self, seed, first, share=slice(None)):
+        """Endless (epoch, item) from position `first` of a share on."""
         n = len(self.items)
-        epoch, first = divmod(first, len(shuffled(n, seed, 0)))
+        epoch, first = divmod(first, len(shuffled(n, seed, 0, share)))
         for epoch in itertools.count(epoch):
-            yield from ((epoch, self.items[i]) for i in shuffled(n, seed, epoch)[first:])
+            yield from ((epoch, self.items[i]) for i in shuffled(n, seed, epoch, share)[first:])
             first = 0
 
     def load(self, epoch, item):
@@ -250,7 +249,7 @@ class InstructPix2Pix(Source):
             begin, end = (int(part * len(rows)) for part in self.SPLITS[split])
             items = [(Path(path) / name, list(seeds), side.get(name, [{}])) for name, seeds in rows[begin:end]
                      if pairs or name in side]
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{listing} is no JSON list of [directory, [seeds]]") from None
         if not items:
             raise ValueError(f"{listing} has no directory for {split}" + " of which the side file (--texts) has the reverse "
@@ -288,10 +287,10 @@ class Shards(Source):
         if missing := [shard for shard in self.items if not Path(shard).is_file()]:
             raise ValueError(f"{missing[0]}: there is no such shard")
 
-    def order(self, seed, first):
+    def order(self, seed, first, share=slice(None)):
         """As of every source; of what lies before `first`, only headers are read."""
         for epoch in itertools.count():
-            shards = [self.items[i] for i in shuffled(len(self.items), seed, epoch)]
+            shards = [self.items[i] for i in shuffled(len(self.items), seed, epoch, share)]
             samples, rng, empty = self.samples(shards, first // BUFFER * BUFFER), random.Random(f"{seed} {epoch}"), True
             while block := list(itertools.islice(samples, BUFFER)):
                 rng.shuffle(block)
@@ -338,10 +337,10 @@ class Mix(Source):
     def __init__(self, sources, weights):
         self.sources, self.weights, self.pairs = sources, weights, sources[0].pairs
 
-    def order(self, seed, first):
+    def order(self, seed, first, share=slice(None)):
         rng, places = random.Random(seed), range(len(self.sources))
         drawn = rng.choices(places, self.weights, k=first)
-        orders = [source.order(seed, drawn.count(i)) for i, source in enumerate(self.sources)]
+        orders = [source.order(seed, drawn.count(i), share) for i, source in enumerate(self.sources)]
         while True:
             i, = rng.choices(places, self.weights)
             yield i, *next(orders[i])
@@ -361,12 +360,12 @@ def open_source(path, split, resolution, seed=0, pairs=False, side={}):
     return Folder(path, resolution, seed, pairs, side)
 
 
-def batches(source, batch_size, seed, first=0, workers=0):
+def batches(source, batch_size, seed, first=0, workers=0, share=slice(None)):
     """Endless batches from batch number `first` on, in the source's order, a pure function of (seed, epoch), so that a run
-    that starts again at batch n sees what it would have seen.
+    that starts again at batch n sees what it would have seen.  share: of several processes, one's samples or shards.
 
     A broken sample is reported and skipped; more than 1 % of them, if more than ten, are a ValueError."""
-    order = source.order(seed, first * batch_size)
+    order = source.order(seed, first * batch_size, share)
     references = iter(lambda: list(itertools.islice(order, batch_size)), [])
     loader = torch.utils.data.DataLoader(source, batch_sampler=references, collate_fn=tuple, num_workers=workers)
     seen = broken = owed = 0

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import edit
 import toy
-from cli import Parser, device, non_negative_float, number, positive_int, quiet_transformers, replace_file, seed_int
+from cli import (Parser, device, keep_settings, non_negative_float, number, positive_int, quiet_transformers, replace_file,
+                 seed_int)
 from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, norm
 from pictures import grid, load_image, plot, save_png
 from protocols import (METRICS, PUBLISHED, PUBLISHED_CURVES, SCALES, Dino, compare, directions, load_judge, mean,
@@ -133,12 +134,7 @@ def begin(model, path, args, **given):
                  "precision": args.precision, "batch_size": args.batch_size}
     scales = "{steps}-steps-{cfg_text:g}-{cfg_image:g}".format(**settings)
     folder = args.output / re.sub(r"[^\w.]+", "-", path).strip("-.") / scales
-    file = folder / "settings.json"
-    if file.is_file() and (old := json.loads(file.read_text())) != settings:
-        changed = ", ".join(name for name in settings if old.get(name) != settings[name])
-        raise ValueError(f"{folder} holds edits with another {changed}: remove it, or choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda temporary: temporary.write_text(json.dumps(settings, indent=2)))
+    keep_settings(folder, settings, "**/*.png")
     print(", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
     return folder, argparse.Namespace(**settings)
 

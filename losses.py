@@ -4,7 +4,6 @@ Images are (B, 3, H, W) in [-1, 1]; every loss is a mean over the batch, so that
 """
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.nn.functional import cosine_similarity
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -25,16 +24,19 @@ class ClipScorer:
         self.mean, self.std = (torch.tensor(v, device=clip.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
 
     @classmethod
-    def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, path_or_id, device="cpu"):
         """A CLIP of the hub's layout, for instance openai/clip-vit-large-patch14, whose text encoder is SD 1.5's."""
         try:
-            clip, report = CLIPModel.from_pretrained(path_or_id, use_safetensors=True, dtype=dtype, output_loading_info=True)
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{path_or_id}: its weights are damaged, or not those of its config.json: "
-                             f"{str(error).splitlines()[0]}") from None
+            clip, report = CLIPModel.from_pretrained(path_or_id, use_safetensors=True, dtype=torch.float32,
+                                                     output_loading_info=True)
+            tokenizer = CLIPTokenizer.from_pretrained(path_or_id)
+        except Exception as error:                            # transformers and tokenizers raise many kinds
+            raise ValueError(f"{path_or_id} is no whole CLIP: {str(error).splitlines()[0]}") from None
         if report["missing_keys"]:
             raise ValueError(f"{path_or_id} lacks weights: {sorted(report['missing_keys'])[0]}")
-        return cls(clip.to(device), CLIPTokenizer.from_pretrained(path_or_id))
+        if len(tokenizer) <= 2:                               # transformers makes an empty one where its files are missing
+            raise ValueError(f"{path_or_id} has no tokenizer")
+        return cls(clip.to(device), tokenizer)
 
     def embed_images(self, images):
         """(B, 3, H, W) in [-1, 1] -> E_I (B, D): the short side resized, the centre cropped, CLIP's normalisation."""
@@ -91,8 +93,8 @@ def clip_similarity_loss(E_edit, E_edited_caption):
 def attention_loss(forward_maps, reverse_maps):
     """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.  Lists of (B, h, w), a layer each.
 
-    The paper does not say how A is scaled.  Here each map is divided by its mean, or both would agree by fading to zero,
-    and the sum over layers is their mean."""
+    The paper does not say how A is scaled.  Here each map is divided by its mean, or both would agree by fading to zero.
+    The sum over i is a mean here, so that the loss does not grow with the number of layers."""
     def relative(m):
         return m / m.mean((1, 2), keepdim=True).clamp_min(1e-6)
     pairs = list(zip(forward_maps, reverse_maps, strict=True))

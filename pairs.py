@@ -24,7 +24,8 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 import toy
-from cli import Parser, device, non_negative_float, number, positive_int, quiet_transformers, replace_file, seed_int
+from cli import (Parser, device, keep_settings, non_negative_float, number, positive_int, quiet_transformers, replace_file,
+                 seed_int)
 from data import read_edits, read_lines
 from losses import ClipScorer
 from pictures import load_image, to_pil
@@ -143,15 +144,11 @@ def make(args):
     scorer, edits = ClipScorer.from_pretrained(args.clip, args.device), read_input(args)
     if args.resolution % model.vae_factor:
         raise ValueError(f"--resolution {args.resolution} is no multiple of {model.vae_factor}")
+    model.ddim_timesteps(args.steps)                          # refuses too many, before anything is written
     counts, todo = Counter(), []
-    args.output.mkdir(parents=True, exist_ok=True)
     free = "edits", "output", "batch_size", "device", "biases"            # to change when a run goes on
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    file = args.output / "settings.json"
-    if file.is_file() and (old := json.loads(file.read_text())) != settings:
-        changed = ", ".join(name for name in settings if old.get(name) != settings[name])
-        raise ValueError(f"{args.output} holds pairs with another {changed}: choose another --output, or remove it")
-    replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=1)))
+    keep_settings(args.output, settings, "*/prompt.json")
     for i, edit in enumerate(edits):
         folder = args.output / f"{i:07d}"
         if not folder.is_dir():
@@ -160,7 +157,7 @@ def make(args):
             raise ValueError(f"{folder} holds another edit than --input: choose another --output, or remove it")
 
     progress, together = tqdm(total=len(todo), desc="edits"), -(-args.batch_size // args.samples)
-    while group := todo[progress.n:progress.n + together]:
+    for group in (todo[i:i + together] for i in range(0, len(todo), together)):
         jobs = [(folder, edit, seed) for folder, edit in group
                 for seed in random.Random(f"{args.seed} {folder.name}").sample(range(2 ** 32), args.samples)]
         found = {folder: [] for folder, _ in group}

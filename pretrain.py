@@ -32,6 +32,7 @@ from unet import UNet
 from vae import VAE
 
 HERE = Path(__file__).resolve().parent
+PARTS = "clip", "vae", "text2image", "judge"                   # each builds on those before it
 WIDTH = 64                                                    # of the text encoder, hence of the UNet's context
 TOKENS = 24                                                   # of a text, instead of 77: the longest caption has 17
 CLIP = dict(
@@ -214,7 +215,7 @@ def pretrain_text2image(path, steps, precision):
 
 
 def make(args):
-    for part in args.parts:
+    for part in (part for part in PARTS if part in args.parts):
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         if part == "clip":
@@ -232,7 +233,7 @@ def make(args):
 def main(argv=None):
     p = Parser("pretrain.py", description=__doc__.split("\n")[0])
     p.add_argument("--output", type=Path, default=HERE / "models/toy")
-    p.add_argument("--parts", nargs="+", choices=("clip", "vae", "text2image", "judge"), default=("clip", "vae", "text2image"),
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3],
                    help="a judge is a second CLIP, which no training sees (claims.py)")
     p.add_argument("--clip-steps", type=positive_int, default=2500, help="also of the judge")
     p.add_argument("--vae-steps", type=positive_int, default=2500)

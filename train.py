@@ -14,10 +14,10 @@ import copy
 import csv
 import os
 import pickle
-import resource
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,14 +25,14 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from cli import Parser, device, non_negative_float, number, positive_int, quiet_transformers, replace_file, seed_int
+from cli import Parser, device, non_negative_float, number, peak_memory, positive_int, quiet_transformers, replace_file, seed_int
 from data import Folder, Mix, Shards, batches, open_source, read_texts
 from losses import WEIGHTS, ClipScorer, cycle_losses
 from pictures import curves, grid, overlay, save_png
 from uip2p import EditModel, cycle, delta_edit, edit_map, noise_error, update_average
 
 HERE = Path(__file__).resolve().parent
-# what the paper says, but for the batch; and what was measured to suit a model a thousand times smaller, in ten minutes
+# what the paper says, where it does; and what was measured to suit a model a thousand times smaller, in ten minutes
 PAPER = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", clip="openai/clip-vit-large-patch14", resolution=256,
              batch_size=8, steps=11_000, lr=5e-5, weights=list(WEIGHTS.values()), t_min=0, views=0)
 TOY = dict(model=str(HERE / "models/toy"), clip=str(HERE / "models/toy/clip"), resolution=32, weights=[3., .2, 2., .5], t_min=400,
@@ -144,10 +144,11 @@ def compute_losses(model, scorer, batch, args, generator):
         losses = round_trip_losses(model, scorer, batch, args, generator) if args.objective == "cycle" else {}
         # the input itself as target, with the image, with nothing, or with the caption as condition, a third each: it keeps
         # what the cycle never visits, e(z, c_I, 0) and e(z, 0, 0) of guidance; how the paper does, it does not say
-        n = max(B // 2, 1) if args.objective == "cycle" else B
-        r = .15 * torch.rand(n, generator=generator)
-        inputs = batch.images[:n]
-        losses["denoise"] = denoising_loss(model, inputs, inputs, batch.captions[:n], r, generator)
+        if args.denoise:
+            n = max(B // 2, 1) if args.objective == "cycle" else B
+            r = .15 * torch.rand(n, generator=generator)
+            inputs = batch.images[:n]
+            losses["denoise"] = denoising_loss(model, inputs, inputs, batch.captions[:n], r, generator)
         if args.objective == "identity" and args.delta:
             image_latents = model.vae.encode(batch.images)
             noise = torch.randn(image_latents.shape, generator=generator).to(image_latents)
@@ -155,7 +156,8 @@ def compute_losses(model, scorer, batch, args, generator):
             z_t = model.add_noise(model.vae.scaling_factor * image_latents, noise, t)
             eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, model.encode_text(batch.instructions))
             losses["delta"] = delta_loss(model, batch, image_latents, z_t, t, eps)
-        return losses | {"loss": losses.get("cec", 0) + args.denoise * losses["denoise"] + args.delta * losses.get("delta", 0)}
+        weights = {"cec": 1, "denoise": args.denoise, "delta": args.delta}
+        return losses | {"loss": sum(weight * losses[name] for name, weight in weights.items() if name in losses)}
 
 
 @torch.no_grad()
@@ -216,9 +218,9 @@ def parse(argv):
     p.add_argument("--ema-on-host", action="store_true",
                    help="keep that average in the host's memory, not the GPU's, and update it every tenth step")
     p.add_argument("--weights", type=non_negative_float, nargs=4, metavar=("CLIP", "ATTN", "SIM", "RECON"), help="of the losses")
-    p.add_argument("--denoise", type=non_negative_float, default=1.0, help="weight of denoising the input without text")
+    p.add_argument("--denoise", type=non_negative_float, default=1.0, help="weight of denoising half of the inputs, as `compute_losses` says")
     p.add_argument("--delta", type=non_negative_float, default=0.,
-                   help="weight of the edit that both captions predict, by the UNet of the start")
+                   help="weight of `delta_loss`: to edit as the UNet of the start does when it is told both captions")
     p.add_argument("--t-min", type=number(int, 0, 999), help="smallest timestep of the forward edit")
     p.add_argument("--start", choices=("source", "noise"), default="source", help="what is noised for the forward edit")
     p.add_argument("--reverse-start", choices=("source", "edit"), default="source", help="what is noised for the reverse edit")
@@ -231,7 +233,8 @@ def parse(argv):
     p.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the forward passes (default: bf16 on CUDA, else fp32)")
-    p.add_argument("--workers", type=number(int, 0), default=0, help="processes that load images")
+    p.add_argument("--workers", type=number(int, 0), default=4 if torch.cuda.is_available() else 0,
+                   help="processes that load images (4 beside a GPU, else 0)")
     p.add_argument("--seed", type=seed_int, default=0)
     p.add_argument("--log-every", type=positive_int, default=50)
     p.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints, validations and pictures")
@@ -250,6 +253,8 @@ def parse(argv):
         defaults |= FROM_TEXT2IMAGE
     p.set_defaults(**defaults)
     args = p.parse_args(argv)
+    if not args.denoise and (args.objective == "identity" or args.identity_steps):
+        p.error("--denoise 0 leaves the identity training nothing to learn")
     if "toy" in args.data and args.resolution != TOY["resolution"]:
         p.error(f"--data toy has images of --resolution {TOY['resolution']}")
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
@@ -269,10 +274,12 @@ def run(args):
         validation = Mix([open_data(path, "validation", args, side) for path in args.data], args.mix)
         if any(isinstance(source, (Folder, Shards)) for source in validation.sources):
             print("validation on the training data itself, which has no split of its own: --validation names other data")
+    rank = dist.get_rank() if dist.is_initialized() else 0
     model = EditModel.from_pretrained(args.model, args.device, unet=args.unet)
     scorer = ClipScorer.from_pretrained(args.clip, args.device) if args.objective == "cycle" else None
     args.output.mkdir(parents=True, exist_ok=True)
     if args.identity_steps:                                   # first what the image is for, then what a text may do to it
+        del model
         for stage in ("identity", "delta")[:2 if args.delta else 1]:
             before = copy.copy(args)
             vars(before).update(TOY_RUNS["identity"] if args.data == ["toy"] else {}, objective="identity", identity_steps=0,
@@ -284,14 +291,13 @@ def run(args):
     saved = copy.copy(model)                                  # with the frozen parts as they came
     saved.vae, saved.text_encoder = (copy.deepcopy(part).cpu() for part in (model.vae, model.text_encoder))
     unet, (trained, average, optimizer) = model.unet, prepare(model, scorer, args)
-    every = 10 if args.ema_on_host else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    average, every = average if rank == 0 else [], 10 if args.ema_on_host else 1
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("steps", "output", "log_every", "save_every", "workers")}
     first, rows, best, sums = 0, [], float("inf"), {}
     state_file = args.output / "state.pt"
     if state_file.exists():
         try:
-            state = torch.load(state_file, map_location="cpu", weights_only=True)
+            state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"{state_file} is damaged ({str(error).splitlines()[0]}); remove it to start again") from None
         changed = [k for k in settings if settings[k] != state["settings"].get(k)]
@@ -303,12 +309,13 @@ def run(args):
             a.copy_(ema)
         optimizer.load_state_dict(state["optimizer"])
         first, rows, best, sums = state["step"], state["rows"], state["best"], state["sums"]
+        del state
     print(f"{args.objective} training of {sum(p.numel() for p in trained):,} parameters on {args.device}, "
           f"{args.precision}, from step {first}; " + ", ".join(f"{k} {v}" for k, v in vars(args).items()))
 
-    loader = batches(train, args.batch_size, args.seed, first * args.accumulate, args.workers)
+    loader = batches(train, args.batch_size, args.seed, first * args.accumulate, args.workers, slice(rank, None, args.processes))
     shown = next(batches(validation, 8, seed=0)).to(args.device)
-    started, progress = time.time(), tqdm(total=args.steps, initial=first, desc="train", disable=rank > 0)
+    started, averaged, progress = time.time(), first, tqdm(total=args.steps, initial=first, desc="train", disable=rank > 0)
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.lr)
@@ -327,19 +334,20 @@ def run(args):
             raise ValueError(f"the gradient is not finite at step {step + 1}; the last checkpoint is kept: try a smaller --lr")
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % every == 0:
-            update_average(average, trained, step, args.ema, every)
         progress.update()
         done = step + 1
+        saves = done % args.save_every == 0 or done == args.steps
+        if done % every == 0 or saves:
+            update_average(average, trained, step, args.ema, done - averaged)
+            averaged = done
         if done % args.log_every == 0:
-            memory = (torch.cuda.max_memory_allocated() if args.device.startswith("cuda")
-                      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
             images = done * args.batch_size * args.accumulate * args.processes
             rate = images / done * (done - first) / (time.time() - started)
             rows.append({"step": done, "images": images} | {k: round(v.item(), 4) for k, v in sums.items()})
-            tqdm.write(", ".join(f"{k} {v}" for k, v in rows[-1].items()) + f", {rate:.1f} images/s, {memory:.1f} GiB")
+            tqdm.write(", ".join(f"{k} {v}" for k, v in rows[-1].items()) + f", {rate:.1f} images/s, "
+                       f"{peak_memory(args.device):.1f} GiB")
             sums = {}
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+        if rank == 0 and saves:
             exchange(trained, average)
             score = validate(model, scorer, validation, args)
             score = score["cec" if args.objective == "cycle" else "loss"]
@@ -361,16 +369,20 @@ def run(args):
 
 
 def main(argv=None):
+    processes = int(os.environ.get("WORLD_SIZE", 1))          # more than one under torchrun
+    if processes > 1 and torch.cuda.is_available():           # before anything else uses the first GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     parser, args = parse(argv)
     quiet_transformers()
-    on_cuda, args.processes = args.device.startswith("cuda"), int(os.environ.get("WORLD_SIZE", 1))
-    if args.processes > 1:                                    # under torchrun
-        if on_cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_cuda else "gloo")
-        if dist.get_rank():                                   # the first alone writes and prints
-            sys.stdout = open(os.devnull, "w")
+    args.processes = processes
     try:
+        if processes > 1:
+            if args.device not in ("cpu", "cuda"):
+                raise ValueError(f"--device {args.device}: of several processes, torchrun gives each its GPU")
+            backend = "nccl" if args.device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))      # others wait while the first one saves
+            if dist.get_rank():                               # it alone writes and prints
+                sys.stdout = open(os.devnull, "w")
         with attention_kernel(args):                          # around the backward pass, too, which may recompute
             run(args)
     except torch.OutOfMemoryError:

@@ -114,11 +114,12 @@ def with_image_channels(config, state):
 
 @torch.no_grad()
 def update_average(average, weights, step, decay=.9999, steps=1):
-    """The exponential moving average, two lists of tensors, warmed up as InstructPix2Pix does: min(decay, (1 + n) / (10 + n)).
+    """The exponential moving average of a list of tensors, warmed up as InstructPix2Pix does: min(decay, (1 + n) / (10 + n)).
 
     steps: since the last update.  The average may lie on another device than the weights."""
     weight = 1 - min(decay, (1 + step) / (10 + step)) ** steps
-    torch._foreach_lerp_(average, [w.to(a.device) for a, w in zip(average, weights)], weight)
+    for a, w in zip(average, weights):
+        a.lerp_(w.to(a.device), weight)
 
 
 class EditModel:
@@ -131,9 +132,10 @@ class EditModel:
                            ("rescale_betas_zero_snr", False)):
             if scheduler.get(key, value) != value:
                 raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is not supported, only {value!r}")
-        for key in ("beta_start", "beta_end", "num_train_timesteps", "steps_offset"):
-            if type(scheduler.get(key, 0)) not in (int, float):
-                raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is no number")
+        for key, kinds in (("beta_start", (int, float)), ("beta_end", (int, float)), ("num_train_timesteps", (int,)),
+                           ("steps_offset", (int,))):
+            if type(scheduler.get(key, 0)) not in kinds:
+                raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is no {'whole ' * (kinds == (int,))}number")
         betas = torch.linspace(scheduler.get("beta_start", 0.00085) ** .5, scheduler.get("beta_end", 0.012) ** .5,
                                scheduler.get("num_train_timesteps", 1000)) ** 2
         for module in (unet, vae):
@@ -156,7 +158,7 @@ class EditModel:
             text_encoder, report = CLIPTextModel.from_pretrained(
                 path / "text_encoder", variant=variant, use_safetensors=True, dtype=dtype, output_loading_info=True)
             tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:                            # transformers and tokenizers raise many kinds
             raise ValueError(f"{path}: the weights of the text encoder do not fit its config.json, or its tokenizer is "
                              f"damaged: {str(error).splitlines()[0]}") from None
         if report["missing_keys"]:
@@ -331,7 +333,7 @@ class Cycle:
 def one_step(model, z_t, t, image_latents, context, maps=None):
     """A single noise prediction eps, and the clean latents it means: the paper's edit.  Both (B, 4, h, w), differentiable."""
     eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, context, maps)
-    z_0 = model.remove_noise(z_t, eps, t).clamp(-4, 4)        # the paper does not say; a few clean latents lie beyond
+    z_0 = model.remove_noise(z_t, eps, t).clamp(-4, 4)        # the paper does not say; beyond it there is no gradient
     # at large t the estimate multiplies an error of eps by up to 14, and would its gradient: that is divided out again
     abar = model.alphas_cumprod[t][:, None, None, None]
     return eps, torch.lerp(z_0.detach(), z_0, (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0))

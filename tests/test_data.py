@@ -464,18 +464,14 @@ def test_every_source_resumes_at_the_very_sample_with_any_number_of_workers(tmp_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_processes_share_the_samples(tmp_path, monkeypatch, kind):
+def test_processes_share_the_samples(tmp_path, kind):
     source, seen = some_source(kind, tmp_path / "data"), []
-    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(data.dist, "get_world_size", lambda: 2)
     for rank in (0, 1):
-        monkeypatch.setattr(data.dist, "get_rank", lambda: rank)
-        seen.append(draw(source, 4, first=0)[1])              # each has at least 5 of its own
-        assert draw(source, 2, first=2)[1] == seen[-1][2:]
+        seen.append(draw(source, 4, first=0, share=slice(rank, None, 2))[1])      # each has at least 5 of its own
+        assert draw(source, 2, first=2, share=slice(rank, None, 2))[1] == seen[-1][2:]
     assert len(set(seen[0] + seen[1])) == 8 if kind != "mix" else not set(seen[0]) & set(seen[1])
-    monkeypatch.setattr(data.dist, "get_world_size", lambda: 20)
     with pytest.raises(ValueError, match="too few for 20 processes"):
-        draw(source, 1)
+        draw(source, 1, share=slice(19, None, 20))
 
 
 def test_a_mix_keeps_its_proportions(tmp_path):

@@ -7,6 +7,7 @@ import torch
 import pairs
 import toy
 from attention import Attention
+from cli import keep_settings
 from data import InstructPix2Pix
 from pairs import alignment, change_outside, fit, placed, prompt_to_prompt
 from uip2p import EditModel
@@ -126,6 +127,12 @@ def test_other_settings_than_those_of_the_output_are_refused(tmp_path, capsys, f
     if flags[0] in ("--seed", "--steps"):
         make(tmp_path / "pairs")
     assert says in refused(capsys, tmp_path / "pairs", *flags)
+
+
+def test_settings_bind_only_when_there_are_pairs(tmp_path, capsys):
+    assert "steps must be" in refused(capsys, tmp_path / "pairs", "--steps", "1000") and not (tmp_path / "pairs").exists()
+    keep_settings(tmp_path / "pairs", {"steps": 1000}, "*/prompt.json")          # of a run that failed
+    assert make(tmp_path / "pairs")["seeds.json"]
 
 
 def test_a_fitted_scene_is_the_one_that_was_drawn():
