@@ -2,7 +2,7 @@
 
     python pairs.py                                                  # of the toy world's texts, by its text-to-image UNet
     python pairs.py --input edits.jsonl --model stable-diffusion-v1-5/stable-diffusion-v1-5 --output runs/pairs
-    python train.py --objective ip2p --data runs/pairs --model models/toy --resolution 32 --output runs/baseline
+    python train.py --objective ip2p --data runs/pairs --model models/toy --resolution 32 --output runs/p2p
     python pairs.py --biases                                         # how much the toy's pairs change outside of the edit
 
 --input has the lines that instructions.py writes; of each, an image of the caption and one of the edited caption are

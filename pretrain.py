@@ -3,7 +3,7 @@
     python pretrain.py                       # all three in turn, into models/toy
     python pretrain.py --parts vae           # one of them (text2image needs the other two)
 
-A VAE or CLIP made anew does not fit the editor in models/toy/unet: train that anew too, as the README says.
+A VAE or CLIP made anew does not fit the editor in models/toy/unet: train that anew too, as docs/trainings.md says.
 Real training starts from Stable Diffusion 1.5 and CLIP ViT-L/14 instead; these small ones have the same files in the
 same layout and run through the same code.
 """
