@@ -32,7 +32,7 @@ from unet import UNet
 from vae import VAE
 
 HERE = Path(__file__).resolve().parent
-PARTS = "clip", "vae", "text2image", "judge"                   # each builds on those before it
+PARTS = "clip", "vae", "text2image", "judge"                   # the order in which they are made
 WIDTH = 64                                                    # of the text encoder, hence of the UNet's context
 TOKENS = 24                                                   # of a text, instead of 77: the longest caption has 17
 CLIP = dict(
@@ -215,7 +215,7 @@ def pretrain_text2image(path, steps, precision):
 
 
 def make(args):
-    for part in (part for part in PARTS if part in args.parts):
+    for part in sorted(set(args.parts), key=PARTS.index):
         torch.manual_seed(args.seed)
         random.seed(args.seed)
         if part == "clip":

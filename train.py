@@ -218,7 +218,8 @@ def parse(argv):
     p.add_argument("--ema-on-host", action="store_true",
                    help="keep that average in the host's memory, not the GPU's, and update it every tenth step")
     p.add_argument("--weights", type=non_negative_float, nargs=4, metavar=("CLIP", "ATTN", "SIM", "RECON"), help="of the losses")
-    p.add_argument("--denoise", type=non_negative_float, default=1.0, help="weight of denoising half of the inputs, as `compute_losses` says")
+    p.add_argument("--denoise", type=non_negative_float, default=1.0,
+                   help="weight of denoising half of the inputs, as `compute_losses` says")
     p.add_argument("--delta", type=non_negative_float, default=0.,
                    help="weight of `delta_loss`: to edit as the UNet of the start does when it is told both captions")
     p.add_argument("--t-min", type=number(int, 0, 999), help="smallest timestep of the forward edit")
@@ -315,7 +316,8 @@ def run(args):
 
     loader = batches(train, args.batch_size, args.seed, first * args.accumulate, args.workers, slice(rank, None, args.processes))
     shown = next(batches(validation, 8, seed=0)).to(args.device)
-    started, averaged, progress = time.time(), first, tqdm(total=args.steps, initial=first, desc="train", disable=rank > 0)
+    started, progress = time.time(), tqdm(total=args.steps, initial=first, desc="train", disable=rank > 0)
+    averaged = first                                          # the step of the average's last update
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.lr)
@@ -381,7 +383,7 @@ def main(argv=None):
                 raise ValueError(f"--device {args.device}: of several processes, torchrun gives each its GPU")
             backend = "nccl" if args.device == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))      # others wait while the first one saves
-            if dist.get_rank():                               # it alone writes and prints
+            if dist.get_rank():                               # the first alone writes and prints
                 sys.stdout = open(os.devnull, "w")
         with attention_kernel(args):                          # around the backward pass, too, which may recompute
             run(args)

@@ -132,10 +132,9 @@ class EditModel:
                            ("rescale_betas_zero_snr", False)):
             if scheduler.get(key, value) != value:
                 raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is not supported, only {value!r}")
-        for key, kinds in (("beta_start", (int, float)), ("beta_end", (int, float)), ("num_train_timesteps", (int,)),
-                           ("steps_offset", (int,))):
-            if type(scheduler.get(key, 0)) not in kinds:
-                raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is no {'whole ' * (kinds == (int,))}number")
+        for key, kind in (("beta_start", float), ("beta_end", float), ("num_train_timesteps", int), ("steps_offset", int)):
+            if type(scheduler.get(key, 0)) not in (int, kind):
+                raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is no {'whole ' * (kind is int)}number")
         betas = torch.linspace(scheduler.get("beta_start", 0.00085) ** .5, scheduler.get("beta_end", 0.012) ** .5,
                                scheduler.get("num_train_timesteps", 1000)) ** 2
         for module in (unet, vae):
