@@ -17,11 +17,15 @@ import platform
 import statistics
 import subprocess
 import time
+import weakref
 from pathlib import Path
 
 import torch
 import transformers
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -85,6 +89,28 @@ def count(run):
     return counter.get_total_flops()
 
 
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors that come to be while it is on: `alive` of them are left, `peak` were at most."""
+    alive = peak = 0
+
+    def __init__(self):
+        super().__init__()
+        self.storages = weakref.WeakSet()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.storages:
+                self.storages.add(storage)
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return result
+
+    def free(self, nbytes):
+        self.alive -= nbytes
+
+
 class Table:
     """Times what it is given while `budget` seconds last, prints it line by line, and keeps it for the JSON file."""
 
@@ -133,12 +159,16 @@ class Table:
                     "images/s": batch and batch / s, "GiB": peak_memory(self.where), "TFLOP": flops / 1e12 or None,
                     "TFLOP/s": flops / s / 1e12 or None, "of peak": (flops / self.peak + nbytes / self.bandwidth) / s or None,
                     "of plain": plain and s / plain}
+        self.add(row)
+        return row.get("s")
+
+    def add(self, row):
+        """Prints and keeps a row: a dict of some of the COLUMNS, or with "skipped", why it has none."""
         self.rows.append(row)
         cells = [row["skipped"]] if "skipped" in row else [
-            "" if row[name] is None else f"{row[name]:.0%}" if name in ("spread", "of peak", "of plain") else f"{row[name]:.3g}"
+            "" if row.get(name) is None else f"{row[name]:.0%}" if name in ("spread", "of peak", "of plain") else f"{row[name]:.3g}"
             for name in COLUMNS[2:]]
-        print(f"{what:44}{batch or '':>10}" + "".join(f" {cell:>9}" for cell in cells), flush=True)
-        return row.get("s")
+        print(f"{row['what']:44}{row['batch'] or '':>10}" + "".join(f" {cell:>9}" for cell in cells), flush=True)
 
     def bottleneck(self, whole, parts):
         """Prints and keeps which of the parts, [(what, times in the whole, seconds)], takes the largest share of the whole."""
@@ -151,13 +181,52 @@ class Table:
         print(f"the bottleneck of {whole}: {what}, {share:.0%} of the time, at {row['of peak']:.0%} of the machine's peak")
 
 
+def training_args(size, where, which, small):
+    """train.py's arguments for a training of all weights or of which; small: in little memory."""
+    return train.parse(["--device", where, "--train", which, *["--checkpointing", "--ema-on-host"] * small,
+                        *([] if size == "toy" else ["--data", "random", "--precision", "bf16"])])[1]
+
+
+def step_loss(model, scorer, args, batch):
+    """What a step of train.py minimises, of empty images."""
+    images, texts = torch.zeros(batch, 3, args.resolution, args.resolution, device=model.device), ["make it snow"] * batch
+    return train.compute_losses(model, scorer, Batch(images, *[texts] * 4), args, torch.Generator())["loss"]
+
+
+def training_memory(table, which, small, batches):
+    """The lines of what the tensors of SD 1.5's training step take on the device at its peak: counted, without computing them.
+
+    By the rules of a CPU's autocast; a GPU needs more for its libraries, fragmentation, and norms, which it has in float32."""
+    args = training_args("sd15", "cpu", which, small)
+    model, scorer = random_model("sd15", "meta")
+    not_yet = {"ema_on_host": False}
+    train.prepare(model, scorer, argparse.Namespace(**vars(args) | not_yet))              # the precision of each part
+    with Memory() as memory:
+        with FakeTensorMode(allow_non_fake_inputs=True):      # unlike meta tensors, autocast and AdamW know them
+            for part in (model.unet, model.vae, model.text_encoder, scorer.clip):
+                part.to_empty(device="cpu")
+        model.alphas_cumprod, scorer.mean, scorer.std = torch.ones(1000), torch.ones(3, 1, 1), torch.ones(3, 1, 1)
+        trained, average, optimizer = train.prepare(model, scorer, argparse.Namespace(**vars(args) | {"precision": "fp32"}))
+        if small:
+            del average
+        for p in trained:
+            p.grad = torch.empty_like(p)
+        optimizer.step()                                      # makes its state
+        for batch in batches:
+            optimizer.zero_grad()
+            memory.peak = memory.alive
+            step_loss(model, scorer, args, batch).backward()
+            torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
+            optimizer.step()
+            table.add({"what": f"its tensors, {which}{', checkpointing' * small}", "batch": batch, "GiB": memory.peak / 2 ** 30})
+
+
 def training(table, size, which, small, batches, parts_of, reserve):
     """The lines of the cycle's training step, of 256x256 or the toy's 32x32; for the batch `parts_of` also its parts.
 
     small: in little memory, with checkpointing and the moving average on the host."""
     gc.collect()                                              # the networks of the lines before
-    args = train.parse(["--device", table.where, "--train", which, *["--checkpointing", "--ema-on-host"] * small,
-                        *([] if size == "toy" else ["--data", "random", "--precision", "bf16"])])[1]
+    args = training_args(size, table.where, which, small)
     meta, real = random_model(size, "meta"), random_model(size, table.where)
     meta[1].clip.set_attn_implementation("eager")             # the other asks for values
     no_data = {"precision": "fp32", "ema_on_host": False}     # nor does autocast know meta tensors
@@ -169,8 +238,7 @@ def training(table, size, which, small, batches, parts_of, reserve):
         return torch.zeros(batch, channels, side, side, device=model.device, requires_grad=True)
 
     def losses(model, scorer, batch):
-        images, texts = zeros(model, batch, 3, args.resolution).detach(), ["make it snow"] * batch
-        return train.compute_losses(model, scorer, Batch(images, *[texts] * 4), args, torch.Generator())["loss"]
+        return step_loss(model, scorer, args, batch)
 
     def unet(model, scorer, batch):
         t = torch.full((batch,), 500, device=model.device)
@@ -257,6 +325,7 @@ def edits(table, size, dtype):
             model.unet.to(memory_format=layout), model.vae.to(memory_format=layout)
             if layout == torch.contiguous_format:
                 plain[batch, steps] = line("plain loop", functools.partial(plain_edit, model), batch, steps, 3)
+                line("edit, contiguous layout", model.edit, batch, steps, 3, plain[batch, steps])
         for branches in (3, 2, 1):
             line("edit", model.edit, batch, steps, branches, plain[batch, steps])
     if (table.cuda or size == "toy") and table.end - time.time() > 120:
@@ -315,8 +384,10 @@ def main(argv=None):
         trainings = (("cross-attention", cuda, (1, 16), None), ("all", True, BATCHES if cuda else (16,), None),
                      ("all", False, BATCHES, 16))
     else:
-        print("not measured: training all, and other batches, for which a laptop's memory and time are too small")
+        print("not measured: training all, and other batches, for which a laptop is too small: their memory is counted")
         trainings = ("cross-attention", True, (1,), 1),
+        for which, small, batches in (("cross-attention", True, (1, 8)), ("all", True, (1, 4, 8)), ("all", False, (4,))):
+            training_memory(table, which, small, batches)
     for which, small, batches, parts_of in trainings:
         try:
             training(table, args.size, which, small, batches, parts_of, rest)

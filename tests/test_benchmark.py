@@ -57,6 +57,31 @@ def test_flops_are_those_of_multiplications_and_additions_in_fused_attention_too
     assert benchmark.count(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 2 * 3 * 16 * 16 * 8
 
 
+def test_memory_is_that_of_the_tensors_alive_each_counted_once():
+    with benchmark.Memory() as memory:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)
+        b += 1
+        c = a + b.flatten()
+        del a, b
+        assert (memory.alive, memory.peak) == (4000, 8000)
+        c = c.bfloat16()
+    assert (memory.alive, memory.peak) == (2000, 8000)
+
+
+def test_the_memory_of_training_is_counted_without_data(monkeypatch):
+    table, random_model = benchmark.Table("cpu", 100), benchmark.random_model
+    model, scorer = random_model("toy", "meta")
+    trained, *frozen = (sum(p.numel() for p in part.parameters()) for part in (model.unet, model.vae, model.text_encoder, scorer.clip))
+    monkeypatch.setattr(benchmark, "random_model", lambda size, where: random_model("toy", where))
+    monkeypatch.setattr(benchmark, "step_loss", lambda model, *rest: sum(p.sum() for p in model.unet.parameters()))
+    for small in (True, False):
+        benchmark.training_memory(table, "all", small, (1,))
+    on_host, here = (row["GiB"] * 2 ** 30 for row in table.rows)
+    assert on_host == pytest.approx(16 * trained + 2 * sum(frozen), rel=.02)    # weights, gradients, AdamW's two; in bfloat16
+    assert here - on_host == pytest.approx(4 * trained, rel=.001)               # the average
+
+
 def test_saving_measures_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["--save", str(tmp_path / "model"), "--budget", "9"])
