@@ -67,6 +67,8 @@ def prompt_to_prompt(model, captions, edited_captions, shares, noise, steps, tex
     is_new = 1 - aligned.sum(2, keepdim=True)                                              # (B, 1, 1, L)
 
     def control(done):
+        if done >= shares.max():                              # none shares any more: attention may be fused again
+            return None
         active = (shares > done).to(model.device)[:, None, None, None]
         def share(probs, is_text):                            # (4B, heads, N, L): with text (images 1, 2), without
             first, second, *without_text = probs.split(B)
