@@ -141,9 +141,9 @@ class Table:
     def line(self, what, batch, run, flops=0, nbytes=0, plain=None, reserve=0):
         """Measures run(); returns the median of its seconds, or None where it does not fit into memory or would not end
         `reserve` seconds before the time is up.  flops, nbytes: what it computes or moves; plain: the reference's seconds."""
-        guess, row = flops / self.rate, {"what": what, "batch": batch}
-        warm_up, repeats = (0, 1) if guess > SLOW else (1, REPEATS)
-        if guess and time.time() + guess * (warm_up + repeats) > self.end - reserve:
+        guess, row, left = flops / self.rate, {"what": what, "batch": batch}, self.end - reserve - time.time()
+        warm_up, repeats = (1, REPEATS) if guess <= SLOW and guess * (1 + REPEATS) < left else (0, 1)
+        if guess and guess > left:
             row["skipped"] = "not measured: no time"
         else:
             if self.cuda:
@@ -174,9 +174,9 @@ class Table:
 
     def bottleneck(self, whole, parts):
         """Prints and keeps which of the parts, [(what, times in the whole, seconds)], takes the largest share of the whole."""
-        parts = [(times * s, what) for what, times, s in parts if s]
-        if not parts:                                         # there was no time for any
+        if not all(s for _, _, s in parts):                   # there was no time for one
             return
+        parts = [(times * s, what) for what, times, s in parts]
         share, what = max(parts)[0] / sum(s for s, _ in parts), max(parts)[1]
         row = next(r for r in reversed(self.rows) if r["what"] == what)
         self.rows.append({"bottleneck of": whole, "is": what, "share": share})
@@ -201,10 +201,10 @@ def training_memory(table, which, small, batches):
     By the rules of a CPU's autocast; a GPU needs more for its libraries, fragmentation, and norms, which it has in float32."""
     args = training_args("sd15", "cpu", which, small)
     model, scorer = random_model("sd15", "meta")
-    not_yet = {"ema_on_host": False}
-    train.prepare(model, scorer, argparse.Namespace(**vars(args) | not_yet))              # the precision of each part
+    args.ema_on_host = False                                  # a host's is deleted instead
+    train.prepare(model, scorer, args)                        # sets the precision of each part
     with Memory() as memory:
-        with FakeTensorMode(allow_non_fake_inputs=True):      # unlike meta tensors, autocast and AdamW know them
+        with FakeTensorMode(allow_non_fake_inputs=True):      # autocast and AdamW know these, but no meta tensors
             for part in (model.unet, model.vae, model.text_encoder, scorer.clip):
                 part.to_empty(device="cpu")
         model.alphas_cumprod, scorer.mean, scorer.std = torch.ones(1000), torch.ones(3, 1, 1), torch.ones(3, 1, 1)
@@ -330,6 +330,10 @@ def edits(table, size, dtype):
                 plain[batch, steps] = line("plain loop", functools.partial(plain_edit, model), batch, steps, 3)
         for branches in (3, 2, 1):
             line("edit", model.edit, batch, steps, branches, plain[batch, steps])
+        if not table.cuda:
+            model.unet.bfloat16(), model.vae.bfloat16(), model.text_encoder.bfloat16()
+            line("bf16 edit", model.edit, batch, steps, 3, plain[batch, steps])
+            model.unet.to(dtype), model.vae.to(dtype), model.text_encoder.to(dtype)
     if (table.cuda or size == "toy") and table.end - time.time() > 120:
         model.unet.compile(mode="reduce-overhead")
         texts = ["make it snow"]
@@ -386,10 +390,8 @@ def main(argv=None):
         trainings = (("cross-attention", cuda, (1, 16), None), ("all", True, BATCHES if cuda else (16,), None),
                      ("all", False, BATCHES, 16))
     else:
-        print("not measured: training all, and other batches, for which a laptop is too small: their memory is counted")
+        print("not measured: training all, and other batches, for which a laptop is too small: their memory is counted below")
         trainings = ("cross-attention", True, (1,), 1),
-        for which, small, batches in (("cross-attention", True, (1, 8)), ("all", True, (1, 4, 8)), ("all", False, (4,))):
-            training_memory(table, which, small, batches)
     for which, small, batches, parts_of in trainings:
         try:
             training(table, args.size, which, small, batches, parts_of, rest)
@@ -397,6 +399,9 @@ def main(argv=None):
             print(f"not measured: training {which}, which does not fit")
     table.machine(DTYPES[args.precision])
     edits(table, args.size, DTYPES[args.precision])
+    if not cuda and not toy:
+        for which, small, batches in (("cross-attention", True, (1, 8)), ("all", True, (1, 4, 8)), ("all", False, (4,))):
+            training_memory(table, which, small, batches)
     if args.output:
         replace_file(args.output, lambda path: path.write_text(json.dumps({"machine": facts, "rows": table.rows}, indent=1)))
 
