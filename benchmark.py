@@ -44,7 +44,7 @@ VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, nu
 SCALES = {3: (7.5, 1.5), 2: (7.5, 1.), 1: (1., 1.)}           # guidance scales that need so many branches
 STEPS = 1, 5, 15, 50
 BATCHES = 1, 4, 16, 64, 256                                   # of training, to the largest that fits
-REPEATS, SLOW = 5, 10                                         # what takes more than SLOW seconds runs once, not warmed up
+REPEATS, SLOW = 5, 10                                         # what takes more than SLOW s runs once, not warmed up
 COLUMNS = "what", "batch", "s", "spread", "images/s", "GiB", "TFLOP", "TFLOP/s", "of peak", "of plain"
 
 
@@ -138,12 +138,13 @@ class Table:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def line(self, what, batch, run, flops=0, nbytes=0, plain=None, reserve=0):
+    def line(self, what, batch, run, flops=0, nbytes=0, plain=None, reserve=0, always_warm=False):
         """Measures run(); returns the median of its seconds, or None where it does not fit into memory or would not end
-        `reserve` seconds before the time is up.  flops, nbytes: what it computes or moves; plain: the reference's seconds."""
+        `reserve` seconds before the time is up.  flops, nbytes: what it computes or moves; plain: the reference's seconds;
+        always_warm: to warm up also what is slow, as a reference must be."""
         guess, row, left = flops / self.rate, {"what": what, "batch": batch}, self.end - reserve - time.time()
-        warm_up, repeats = (1, REPEATS) if guess <= SLOW and guess * (1 + REPEATS) < left else (0, 1)
-        if guess and guess > left:
+        warm_up, repeats = (1, REPEATS) if guess <= SLOW and guess * (1 + REPEATS) < left else (int(always_warm), 1)
+        if guess and guess * (warm_up + repeats) > left:
             row["skipped"] = "not measured: no time"
         else:
             if self.cuda:
@@ -319,15 +320,15 @@ def edits(table, size, dtype):
         images, noise, texts = torch.zeros(batch, 3, side, side), torch.zeros(batch, *latent), ["make it snow"] * batch
         return table.line(f"{what}, {steps} steps, {branches} branches", batch,
                           lambda: run(images, texts, steps, *SCALES[branches], noise),
-                          batch * (steps * branches * cost[unet] + cost[encode] + cost[decode]), plain=plain)
+                          batch * (steps * branches * cost[unet] + cost[encode] + cost[decode]), plain=plain, always_warm=plain is None)
 
     plain = {}
     for batch, steps in itertools.product((1, 8), STEPS):
         for layout in (torch.contiguous_format, torch.channels_last):
             model.unet.to(memory_format=layout), model.vae.to(memory_format=layout)
             if layout == torch.contiguous_format:
-                line("contiguous edit", model.edit, batch, steps, 3)                          # warms the plain loop up
                 plain[batch, steps] = line("plain loop", functools.partial(plain_edit, model), batch, steps, 3)
+                line("contiguous edit", model.edit, batch, steps, 3, plain[batch, steps])
         for branches in (3, 2, 1):
             line("edit", model.edit, batch, steps, branches, plain[batch, steps])
         if not table.cuda:
