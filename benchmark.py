@@ -44,7 +44,7 @@ VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, nu
 SCALES = {3: (7.5, 1.5), 2: (7.5, 1.), 1: (1., 1.)}           # guidance scales that need so many branches
 STEPS = 1, 5, 15, 50
 BATCHES = 1, 4, 16, 64, 256                                   # of training, to the largest that fits
-REPEATS, SLOW = 5, 10                                         # what takes more than SLOW s runs once, not warmed up
+REPEATS, FAST, SLOW = 5, 1, 10                                # below FAST s 3 times as many; above SLOW s 1, not warmed up
 COLUMNS = "what", "batch", "s", "spread", "images/s", "GiB", "TFLOP", "TFLOP/s", "of peak", "of plain"
 
 
@@ -143,7 +143,8 @@ class Table:
         `reserve` seconds before the time is up.  flops, nbytes: what it computes or moves; plain: the reference's seconds;
         always_warm: to warm up also what is slow, as a reference must be."""
         guess, row, left = flops / self.rate, {"what": what, "batch": batch}, self.end - reserve - time.time()
-        warm_up, repeats = (1, REPEATS) if guess <= SLOW and guess * (1 + REPEATS) < left else (int(always_warm), 1)
+        many = 3 * REPEATS if guess < FAST else REPEATS
+        warm_up, repeats = (1, many) if guess <= SLOW and guess * (1 + many) < left else (int(always_warm), 1)
         if guess and guess * (warm_up + repeats) > left:
             row["skipped"] = "not measured: no time"
         else:
