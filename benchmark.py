@@ -8,6 +8,7 @@
 FLOPs are counted by torch on the same network without data.  The machine's peak is what a large matrix product reaches.
 """
 import argparse
+import copy
 import functools
 import gc
 import itertools
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import train
-from cli import Parser, device, peak_memory, positive_int, quiet_transformers, replace_file
+from cli import DTYPES, Parser, device, peak_memory, positive_int, quiet_transformers, replace_file
 from data import Batch
 from losses import ClipScorer
 from uip2p import EditModel, read_json, update_average
@@ -38,7 +39,6 @@ from unet import SD15, UNet
 from vae import SD15_VAE, VAE
 
 TOY = Path(__file__).resolve().parent / "models/toy"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408)
 VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
 SCALES = {3: (7.5, 1.5), 2: (7.5, 1.), 1: (1., 1.)}           # guidance scales that need so many branches
@@ -77,8 +77,7 @@ def plain_edit(model, images, instructions, steps, text_guidance, image_guidance
         eps = model.unet(torch.cat([z_t.repeat(3, 1, 1, 1), conditions], dim=1), t.repeat(3), context)
         with_text, with_image, without = eps.chunk(3)
         eps = without + image_guidance * (with_image - without) + text_guidance * (with_text - with_image)
-        z_0 = model.remove_noise(z_t, eps, t)
-        z_t = model.add_noise(z_0, eps, (t - 1000 // steps).clamp(min=0))
+        z_t = model.ddim_step(z_t, eps, t, steps)
     return model.decode(z_t).clamp(-1, 1)
 
 
@@ -135,36 +134,51 @@ class Table:
         start = time.perf_counter()
         run()
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.where)
         return time.perf_counter() - start
 
-    def line(self, what, batch, run, flops=0, nbytes=0, plain=None, reserve=0, always_warm=False):
+    def line(self, what, batch, run, flops=0, nbytes=0, reserve=0):
         """Measures run(); returns the median of its seconds, or None where it does not fit into memory or would not end
-        `reserve` seconds before the time is up.  flops, nbytes: what it computes or moves; plain: the reference's seconds;
-        always_warm: to warm up also what is slow, as a reference must be."""
-        guess, row, left = flops / self.rate, {"what": what, "batch": batch}, self.end - reserve - time.time()
-        many = 3 * REPEATS if guess < FAST else REPEATS
-        warm_up, repeats = (1, many) if guess <= SLOW and guess * (1 + many) < left else (int(always_warm), 1)
-        if guess and guess * (warm_up + repeats) > left:
-            row["skipped"] = "not measured: no time"
-        else:
+        `reserve` seconds before the time is up.  flops, nbytes: what it computes or moves."""
+        return self.lines(batch, [(what, lambda: None, run, flops)], nbytes, reserve)[0]
+
+    def lines(self, batch, entries, nbytes=0, reserve=0):
+        """The same for several (what, prepare, run, flops), in turns, as a machine may be slow for a while; the first of
+        several is *plain*, to which the others are compared turn by turn."""
+        guess, left = sum(flops for *_, flops in entries) / self.rate, self.end - reserve - time.time()
+        repeats = 3 * REPEATS if guess < FAST * len(entries) else REPEATS
+        slow = guess > SLOW * len(entries) or guess * (1 + repeats) > left
+        turns = ([0] if len(entries) == 1 else [None, 0]) if slow else [None, *range(repeats)]               # None: warm-up
+        rows = [{"what": what, "batch": batch, "times": []} for what, *_ in entries]
+        for turn, (row, (_, prepare, run, _)) in itertools.product(turns, zip(rows, entries)):
+            if guess and guess > left:
+                row["skipped"] = "not measured: no time"
+            if "skipped" in row or slow and turn is None and row is not rows[0]:                             # plain is warm
+                continue
+            prepare()
             if self.cuda:
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_peak_memory_stats(self.where)
             elif os.path.exists("/proc/self/clear_refs"):
                 Path("/proc/self/clear_refs").write_text("5")  # Linux begins a new peak
             try:
-                times = [self.seconds(run) for _ in range(warm_up + repeats)][warm_up:]
+                s = self.seconds(run)
             except torch.OutOfMemoryError:
                 row["skipped"] = "does not fit"
-        if "skipped" not in row:
-            s, self.fastest = statistics.median(times), min(times)
-            self.rate = flops / s if flops else self.rate
-            row |= {"s": s, "spread": (max(times) - min(times)) / s if repeats > 1 else None,
-                    "images/s": batch and batch / s, "GiB": peak_memory(self.where), "TFLOP": flops / 1e12 or None,
-                    "TFLOP/s": flops / s / 1e12 or None, "of peak": (flops / self.peak + nbytes / self.bandwidth) / s or None,
-                    "of plain": plain and s / plain}
-        self.add(row)
-        return row.get("s")
+            else:
+                row["times"] += [s] if turn is not None else []
+                row["GiB"] = peak_memory(self.where)
+        plain = rows[0]["times"] if len(rows) > 1 else []
+        for row, (*_, flops) in zip(rows, entries):
+            times = row.pop("times")
+            if "skipped" not in row:
+                s, self.fastest = statistics.median(times), min(times)
+                self.rate = flops / s if flops else self.rate
+                row |= {"s": s, "spread": (max(times) - min(times)) / s if len(times) > 1 else None,
+                        "images/s": batch and batch / s, "TFLOP": flops / 1e12 or None, "TFLOP/s": flops / s / 1e12 or None,
+                        "of peak": (flops / self.peak + nbytes / self.bandwidth) / s or None,
+                        "of plain": statistics.median(t / p for t, p in zip(times, plain)) if plain and row is not rows[0] else None}
+            self.add(row)
+        return [row.get("s") for row in rows]
 
     def add(self, row):
         """Prints and keeps a row: a dict of some of the COLUMNS, or with "skipped", why it has none."""
@@ -317,31 +331,30 @@ def edits(table, size, dtype):
                                                   ("VAE encode", 1, 1, encode), ("VAE decode", 1, 1, decode))]
     table.bottleneck("an edit of 50 steps", parts)
 
-    def line(what, run, batch, steps, branches, plain=None):
-        images, noise, texts = torch.zeros(batch, 3, side, side), torch.zeros(batch, *latent), ["make it snow"] * batch
-        return table.line(f"{what}, {steps} steps, {branches} branches", batch,
-                          lambda: run(images, texts, steps, *SCALES[branches], noise),
-                          batch * (steps * branches * cost[unet] + cost[encode] + cost[decode]), plain=plain, always_warm=plain is None)
+    if compiling := table.cuda or size == "toy":
+        compiled = copy.copy(model)
+        compiled.unet = copy.deepcopy(model.unet)
+        compiled.unet.compile(mode="reduce-overhead")
+        print(f"compiled in {table.seconds(lambda: compiled.edit(torch.zeros(1, 3, side, side), ['make it snow'], 1)):.0f} s")
 
-    plain = {}
+    def to(layout, precision=dtype):
+        for part in (model.unet, model.vae, model.text_encoder):
+            part.to(precision)
+        model.unet.to(memory_format=layout), model.vae.to(memory_format=layout)
+
+    contiguous, channels_last = (functools.partial(to, layout) for layout in (torch.contiguous_format, torch.channels_last))
     for batch, steps in itertools.product((1, 8), STEPS):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            model.unet.to(memory_format=layout), model.vae.to(memory_format=layout)
-            if layout == torch.contiguous_format:
-                plain[batch, steps] = line("plain loop", functools.partial(plain_edit, model), batch, steps, 3)
-                line("contiguous edit", model.edit, batch, steps, 3, plain[batch, steps])
-        for branches in (3, 2, 1):
-            line("edit", model.edit, batch, steps, branches, plain[batch, steps])
+        variants = [("plain loop", contiguous, functools.partial(plain_edit, model), 3), ("contiguous edit", contiguous, model.edit, 3),
+                    *(("edit", channels_last, model.edit, branches) for branches in (3, 2, 1))]
         if not table.cuda:
-            model.unet.bfloat16(), model.vae.bfloat16(), model.text_encoder.bfloat16()
-            line("bf16 edit", model.edit, batch, steps, 3, plain[batch, steps])
-            model.unet.to(dtype), model.vae.to(dtype), model.text_encoder.to(dtype)
-    if (table.cuda or size == "toy") and table.end - time.time() > 120:
-        model.unet.compile(mode="reduce-overhead")
-        texts = ["make it snow"]
-        print(f"compiled in {table.seconds(lambda: model.edit(torch.zeros(1, 3, side, side), texts, 1)):.0f} s")
-        for steps in STEPS[1::2]:
-            line("compiled edit", model.edit, 1, steps, 3, plain[1, steps])
+            variants.append(("bf16 edit", functools.partial(to, torch.channels_last, torch.bfloat16), model.edit, 3))
+        if compiling and batch == 1 and steps in STEPS[1::2]:
+            variants.append(("compiled edit", channels_last, compiled.edit, 3))
+        images, noise, texts = torch.zeros(batch, 3, side, side), torch.zeros(batch, *latent), ["make it snow"] * batch
+        table.lines(batch, [(f"{what}, {steps} steps, {branches} branches", prepare,
+                             functools.partial(run, images, texts, steps, *SCALES[branches], noise),
+                             batch * (steps * branches * cost[unet] + cost[encode] + cost[decode]))
+                            for what, prepare, run, branches in variants])
 
 
 def header(args):
@@ -352,7 +365,7 @@ def header(args):
              "load before": os.getloadavg()[0]}
     if args.device.startswith("cuda"):
         driver = subprocess.check_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True)
-        facts |= {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda, "driver": driver.split()[0]}
+        facts |= {"GPU": torch.cuda.get_device_name(args.device), "CUDA": torch.version.cuda, "driver": driver.split()[0]}
     return facts | {"system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
                     "transformers": transformers.__version__, "size": args.size, "precision of editing": args.precision}
 
@@ -372,8 +385,8 @@ def main(argv=None):
     quiet_transformers()
     cuda, toy = args.device.startswith("cuda"), args.size == "toy"
     args.precision = args.precision or ("fp16" if cuda else "fp32")
-    if args.output and not args.output.parent.is_dir():
-        p.error(f"--output {args.output}: there is no such folder")
+    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
+        p.error(f"--output {args.output} is no file in a folder that exists")
     if args.save:
         try:
             args.save.mkdir(parents=True, exist_ok=True)

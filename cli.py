@@ -9,6 +9,8 @@ import sys
 import torch
 from transformers.utils import logging
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}           # of --precision
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, `COMMAND: error: ...`, without the usage text; exit status 2.  COMMAND is
@@ -49,7 +51,7 @@ def device(text):
 def peak_memory(where):
     """GiB at the peak so far: what torch had allocated on a GPU, or what the whole process had on a CPU."""
     if where.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2 ** 30
+        return torch.cuda.max_memory_allocated(where) / 2 ** 30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 

@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 
 import toy
-from cli import Parser, device, non_negative_float, number, quiet_transformers, seed_int
+from cli import DTYPES, Parser, device, non_negative_float, number, quiet_transformers, seed_int
 from pictures import from_pil, grid, load_image, overlay, save_png, to_pil
 from uip2p import EditModel, edit_map
 
 HERE = Path(__file__).resolve().parent
 DEMO, DEMO_SCENES = Path("outputs/demo.png"), 8
 COLUMNS = ("input", "edit", "reconstruction", "A_f", "A_r")   # of figure 3
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 LONGEST = 4096                                                # pixels of a side while it is edited
 BATCH = 8 * 512 ** 2                                          # pixels that are edited at once

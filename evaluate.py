@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import edit
 import toy
-from cli import (Parser, device, keep_settings, non_negative_float, number, positive_int, quiet_transformers, replace_file,
+from cli import (DTYPES, Parser, device, keep_settings, non_negative_float, number, positive_int, quiet_transformers, replace_file,
                  seed_int)
 from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, norm
 from pictures import grid, load_image, plot, save_png
@@ -58,12 +58,12 @@ def ascend(model, scorer, edits, images, views, steps=60):
 def edit_by_captions(model, edits, images, steps, guidance, generator):
     """What `delta_edit` makes, which is told both captions instead of the instruction: the cycle's `--delta` learns from it."""
     image_latents = model.vae.encode(images)
-    z_t, stride = torch.randn(image_latents.shape, generator=generator), len(model.alphas_cumprod) // steps
+    z_t = torch.randn(image_latents.shape, generator=generator)
     captions, edited_captions = ([scene.caption for scene in scenes] for scenes in zip(*[(e.scene, e.edited) for e in edits]))
     for step in model.ddim_timesteps(steps):
         t = torch.full((len(edits),), step)
         eps = delta_edit(model, z_t, t, image_latents, captions, edited_captions, guidance)
-        z_t = model.add_noise(model.remove_noise(z_t, eps, t), eps, (t - stride).clamp(min=0))
+        z_t = model.ddim_step(z_t, eps, t, steps)
     return model.decode(z_t).clamp(-1, 1)
 
 
@@ -128,9 +128,9 @@ def begin(model, path, args, **given):
     names = {"text_guidance": "cfg_text", "image_guidance": "cfg_image"}
     settings = usual | {names.get(name, name): value for name, value in model.defaults.items()}
     settings |= {name: value for name, value in (given | {"resolution": args.resolution}).items() if value is not None}
-    # a model that was trained further under the same name has another sum
-    weights = sum(p.double().abs().sum().item() for p in model.unet.parameters())
-    settings |= {"model": path, "weights": weights, "data": args.data, "seed": args.seed, "device": args.device,
+    # a model that was trained further under the same name has another sum, but not one that is summed in another order
+    weights = sum(p.cpu().double().abs().sum().item() for p in model.unet.parameters())
+    settings |= {"model": path, "weights": f"{weights:.9g}", "data": args.data, "seed": args.seed, "device": args.device,
                  "precision": args.precision, "batch_size": args.batch_size}
     scales = "{steps}-steps-{cfg_text:g}-{cfg_image:g}".format(**settings)
     folder = args.output / re.sub(r"[^\w.]+", "-", path).strip("-.") / scales
@@ -193,7 +193,7 @@ def magicbrush(args):
     methods = {"copy of the input": {"single-turn": [turn.input for turn in judged["single-turn"]],
                                      "multi-turn": [session[0].input for session in used]}}
     for path in args.models:
-        model = EditModel.from_pretrained(path, args.device, edit.DTYPES[args.precision])
+        model = EditModel.from_pretrained(path, args.device, DTYPES[args.precision])
         for steps in args.steps:
             folder, settings = begin(model, path, args, steps=steps, cfg_text=args.cfg_text, cfg_image=args.cfg_image)
             single, multi = ({turn: folder / turn.output(setting) for s in used for turn in s} for setting in judged)
@@ -233,7 +233,7 @@ def curve(args):
         check_files([f / sample.output for f in points.values() or [Path(folder) / "POINT"] for sample in samples])
     clip, editors = load_judge(ClipScorer, args.clip, args.device), {}
     for path in args.models:
-        model = EditModel.from_pretrained(path, args.device, edit.DTYPES[args.precision])
+        model = EditModel.from_pretrained(path, args.device, DTYPES[args.precision])
         for s_I in args.cfg_image:
             folder, settings = begin(model, path, args, steps=args.steps, cfg_text=args.cfg_text, cfg_image=s_I)
             make_edits(model, settings, [(folder / s.output, s.input, s.instruction) for s in samples])
@@ -302,7 +302,7 @@ def parser():
         p.add_argument("--batch-size", type=positive_int, default=8, help="images at once (%(default)s)")
         p.add_argument("--seed", type=seed_int, default=0, help="of the noise, the same for every edit (%(default)s)")
         p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-        p.add_argument("--precision", choices=edit.DTYPES, help="(fp16 on CUDA, else fp32)")
+        p.add_argument("--precision", choices=DTYPES, help="(fp16 on CUDA, else fp32)")
         p.set_defaults(run=run)
     return main
 

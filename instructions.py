@@ -143,7 +143,7 @@ def check(edit):
 def judge(answer, job, wanted):
     """A model's answer -> (None, the edit) if it is good, else (reason, the job with the answer)."""
     try:
-        fields = parse_json(answer)
+        fields = parse_json(answer[max(answer.find("{"), 0):])                            # models like ```json before it
         if set(fields) != set(wanted):
             raise ValueError
         edit = job | {name: text.strip() for name, text in fields.items()}

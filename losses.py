@@ -49,8 +49,8 @@ class ClipScorer:
         return F.normalize(features.pooler_output.float(), dim=-1)
 
     def embed_views(self, images, views, generator=None):
-        """Some images (B, 3, H, W) each -> their embeddings (views * B, D) in so many `view`s, shifted alike, each with noise
-        of its own; 0: (B, D), as they are."""
+        """A list of batches (B, 3, H, W) -> as many of embeddings (views * B, D): of random `view`s, all batches shifted alike,
+        each with noise of its own; with views = 0 (B, D), of the images as they are."""
         shown = [view(torch.cat(images), generator) for _ in range(views)] or [torch.cat(images)]
         return map(torch.cat, zip(*[self.embed_images(s).chunk(len(images)) for s in shown]))
 

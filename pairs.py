@@ -2,7 +2,8 @@
 
     python pairs.py                                                  # of the toy world's texts, by its text-to-image UNet
     python pairs.py --input edits.jsonl --model stable-diffusion-v1-5/stable-diffusion-v1-5 --output runs/pairs
-    python train.py --objective ip2p --data runs/pairs --model models/toy --resolution 32 --output runs/p2p
+    python train.py --objective ip2p --data runs/pairs --model models/toy --resolution 32 --batch-size 64 --steps 2000 \
+        --lr 1e-3 --output runs/p2p                                  # the toy's baseline on them
     python pairs.py --biases                                         # how much the toy's pairs change outside of the edit
 
 --input has the lines that instructions.py writes; of each, an image of the caption and one of the edited caption are
@@ -60,7 +61,8 @@ def prompt_to_prompt(model, captions, edited_captions, shares, noise, steps, tex
     """Prompt-to-Prompt (arXiv 2208.01626): two images (B, 3, H, W) in [-1, 1], of the captions and of the edited captions.
 
     Both start from `noise` (B, 4, h, w); for the first `shares` (B,) of the steps the second has the first's self-attention,
-    and its cross-attention to the words that they share."""
+    and its cross-attention to the words that they share, in the branch with text.  InstructPix2Pix's code leaves
+    cross-attention out and shares self-attention in both branches of guidance."""
     B = len(captions)
     tokens = model.tokenizer(captions + edited_captions, padding="max_length", truncation=True).input_ids
     aligned = torch.stack([alignment(*pair) for pair in zip(tokens[:B], tokens[B:])]).to(model.device)[:, None]  # (B, 1, L, L)

@@ -57,6 +57,7 @@ SCHEDULER = dict(
     _class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
     beta_schedule="scaled_linear", prediction_type="epsilon", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
     timestep_spacing="leading")
+EDIT_DEFAULTS = dict(steps=10, text_guidance=1.5, image_guidance=1.2, resolution=toy.SIZE)
 
 
 def make_tokenizer(path):
@@ -181,6 +182,7 @@ def pretrain_text2image(path, steps, precision):
     The latents of the scenes are computed once, before."""
     unet = UNet(TEXT2IMAGE).to(memory_format=torch.channels_last)
     write_json(path / "scheduler/scheduler_config.json", SCHEDULER)
+    write_json(path / "edit_defaults.json", EDIT_DEFAULTS)
     with tempfile.TemporaryDirectory(dir=path) as start:      # for the other parts alone: what is in text2image/ stays
         save_part(unet, Path(start), TEXT2IMAGE)
         model = EditModel.from_pretrained(path, unet=Path(start).name)

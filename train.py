@@ -2,7 +2,7 @@
 
     python train.py                                             # the toy world, on a laptop's CPU
     python train.py --objective ip2p --output runs/baseline     # the supervised baseline, on entangled pairs
-    python train.py --model runs/baseline/model                 # the cycle from the baseline's weights
+    python train.py --model runs/baseline/model --output runs/improved      # the cycle from the baseline's weights
     python train.py --data photos --output runs/photos          # Stable Diffusion 1.5, on a folder of images
     python train.py --data "cc3m/*.tar" photos --mix 3 1 --texts edits.jsonl --output runs/mix     # all data: see data.py
     torchrun --nproc-per-node 4 train.py ...                    # on several GPUs: 4 times the batch
@@ -172,7 +172,7 @@ def validate(model, scorer, dataset, args):
 
 
 def figure(model, batch):
-    """Rows of figure 3: input, edit, reconstruction, A_f, A_r.  Edits are sampled as `edit.py` does."""
+    """Rows of figure 3: input, edit, reconstruction, A_f, A_r.  Edits are sampled as the model recommends, else in 10 steps."""
     settings = {"steps": model.defaults.get("steps", 10)} | model.guidance
     edited = model.edit(batch.images, batch.instructions, generator=torch.Generator().manual_seed(0), **settings)
     undone = model.edit(edited, batch.reverse_instructions, generator=torch.Generator().manual_seed(1), **settings)
@@ -330,10 +330,11 @@ def run(args):
             losses = {name: loss.detach() for name, loss in losses.items()}
             mean_of_processes(losses.values())
             for name, loss in losses.items():
-                sums[name] = sums.get(name, 0) + loss / (args.log_every * args.accumulate)
+                sums[name] = sums.get(name, 0) + loss / args.accumulate
         mean_of_processes(p.grad for p in trained)
         if not torch.nn.utils.clip_grad_norm_(trained, args.clip_grad).isfinite():
-            raise ValueError(f"the gradient is not finite at step {step + 1}; the last checkpoint is kept: try a smaller --lr")
+            raise ValueError(f"the gradient is not finite at step {step + 1}; go on from the last checkpoint, "
+                             f"--model {args.output / 'model'}, with a smaller --lr and another --output")
         optimizer.step()
         optimizer.zero_grad()
         progress.update()
@@ -345,7 +346,8 @@ def run(args):
         if done % args.log_every == 0:
             images = done * args.batch_size * args.accumulate * args.processes
             rate = images / done * (done - first) / (time.time() - started)
-            rows.append({"step": done, "images": images} | {k: round(v.item(), 4) for k, v in sums.items()})
+            steps = done - (rows[-1]["step"] if rows else 0)
+            rows.append({"step": done, "images": images} | {k: round(v.item() / steps, 4) for k, v in sums.items()})
             tqdm.write(", ".join(f"{k} {v}" for k, v in rows[-1].items()) + f", {rate:.1f} images/s, "
                        f"{peak_memory(args.device):.1f} GiB")
             sums = {}

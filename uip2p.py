@@ -88,8 +88,8 @@ def load_part(network, folder, adapt):
             state |= load_file(file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from None
-    config, state = adapt(config, state)
     try:
+        config, state = adapt(config, state)
         with torch.device("meta"):                            # no memory or time for weights that are replaced at once
             module = network(config)
     except (ValueError, TypeError) as error:
@@ -104,8 +104,10 @@ def load_part(network, folder, adapt):
 
 def with_image_channels(config, state):
     """A text-to-image UNet becomes InstructPix2Pix's: as many input channels again, for the image latents, at zero."""
-    latents = config.get("out_channels", 4)
-    if config.get("in_channels", 4) == latents and "conv_in.weight" in state:
+    latents, channels = config.get("out_channels", 4), config.get("in_channels", 4)
+    if channels not in (latents, 2 * latents):
+        raise ValueError(f"a UNet of {channels} input channels is no editor, which has {2 * latents}, and no text-to-image model")
+    if channels == latents and "conv_in.weight" in state:
         weight = state["conv_in.weight"]                                                  # (C, 4, 3, 3)
         state["conv_in.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)    # (C, 8, 3, 3)
         config = config | {"in_channels": 2 * latents}
@@ -129,14 +131,13 @@ class EditModel:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.scheduler, self.defaults = scheduler, defaults or {}
         for key, value in (("beta_schedule", "scaled_linear"), ("prediction_type", "epsilon"), ("trained_betas", None),
-                           ("rescale_betas_zero_snr", False)):
+                           ("rescale_betas_zero_snr", False), ("num_train_timesteps", 1000)):
             if scheduler.get(key, value) != value:
                 raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is not supported, only {value!r}")
-        for key, kind in (("beta_start", float), ("beta_end", float), ("num_train_timesteps", int), ("steps_offset", int)):
+        for key, kind in (("beta_start", float), ("beta_end", float), ("steps_offset", int)):
             if type(scheduler.get(key, 0)) not in (int, kind):
                 raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is no {'whole ' * (kind is int)}number")
-        betas = torch.linspace(scheduler.get("beta_start", 0.00085) ** .5, scheduler.get("beta_end", 0.012) ** .5,
-                               scheduler.get("num_train_timesteps", 1000)) ** 2
+        betas = torch.linspace(scheduler.get("beta_start", 0.00085) ** .5, scheduler.get("beta_end", 0.012) ** .5, 1000) ** 2
         for module in (unet, vae):
             module.to(memory_format=torch.channels_last)      # in which convolutions and attention are faster
         self.alphas_cumprod = torch.cumprod(1 - betas, 0).to(self.device)                 # (1000,), abar_t
@@ -168,7 +169,7 @@ class EditModel:
         file = path / "edit_defaults.json"
         defaults = read_json(file) if file.is_file() else {}
         for name, value in defaults.items():
-            if name not in DEFAULTS or type(value) not in (int, float):
+            if name not in DEFAULTS or type(value) not in (int, float) or type(value) is float and name in ("steps", "resolution"):
                 raise ValueError(f"{file}: {name} = {value!r} is not a number for one of {', '.join(DEFAULTS)}")
         for module in (unet, vae, text_encoder):
             module.to(device, dtype).requires_grad_(False).eval()
@@ -236,10 +237,12 @@ class EditModel:
 
     def content_tokens(self, texts):
         """(B, L) of 0 and 1: the tokens that carry an instruction, without start and end, stop words and punctuation."""
+        specials = set(self.tokenizer.all_special_tokens)
+
         def carries(token):
             word = token.removesuffix("</w>")                 # a piece without </w> is the beginning of a longer word
             is_stop_word = token.endswith("</w>") and word in STOP_WORDS
-            return token not in self.tokenizer.all_special_tokens and not is_stop_word and any(map(str.isalnum, word))
+            return token not in specials and not is_stop_word and any(map(str.isalnum, word))
         ids = self.tokenize(texts).tolist()
         return torch.tensor([[float(carries(t)) for t in self.tokenizer.convert_ids_to_tokens(row)] for row in ids],
                             device=self.device)
@@ -249,6 +252,7 @@ class EditModel:
         return self.vae.encode(images) * self.vae.scaling_factor
 
     def decode(self, z_0):
+        """The inverse: z_0 (B, 4, h, w) -> images (B, 3, H, W), not clamped."""
         return self.vae.decode(z_0 / self.vae.scaling_factor)
 
     def add_noise(self, z_0, noise, t):
@@ -263,10 +267,15 @@ class EditModel:
 
     def ddim_timesteps(self, steps):
         """The timesteps of DDIM, descending: multiples of the stride 1000 // steps, shifted by steps_offset."""
-        total, offset = len(self.alphas_cumprod), self.scheduler.get("steps_offset", 1)
-        if not 1 <= steps <= total - offset:
-            raise ValueError(f"steps must be between 1 and {total - offset}, not {steps}")
-        return [i * (total // steps) + offset for i in reversed(range(steps))]
+        offset = self.scheduler.get("steps_offset", 1)
+        if not 1 <= steps <= 1000 - offset:
+            raise ValueError(f"steps must be between 1 and {1000 - offset}, not {steps}")
+        return [i * (1000 // steps) + offset for i in reversed(range(steps))]
+
+    def ddim_step(self, z_t, eps, t, steps):
+        """One of `steps` steps of DDIM (eta 0), from t, (B,) or (1,), by the noise prediction eps: z_t -> z_(t - 1000 // steps)."""
+        z_0 = self.remove_noise(z_t, eps, t)
+        return self.add_noise(z_0, eps, (t - 1000 // steps).clamp(min=0))
 
     @torch.no_grad()
     def edit(self, images, instructions, steps=50, text_guidance=7.5, image_guidance=1.5, noise=None, generator=None,
@@ -299,13 +308,11 @@ class EditModel:
         conditions = torch.cat([image for _, image, _ in branches])                       # (n*B, 4, h, w)
         context = self.unet.text_cache(torch.cat([text for _, _, text in branches]))      # the text is the same in every step
         timesteps = torch.tensor(self.ddim_timesteps(steps), device=self.device)          # no step waits for the host
-        stride = len(self.alphas_cumprod) // steps
         for i, t in enumerate(tqdm(timesteps, "denoising", disable=not progress, leave=None)):
             x = torch.cat([z_t.repeat(len(branches), 1, 1, 1), conditions], dim=1)        # (n*B, 8, h, w)
             eps = self.unet(x, t.expand(len(x)), context, control=control and control(i / steps))  # (n*B, 4, h, w)
             eps = sum(w * e for w, e in zip(weights, eps.chunk(len(branches))))           # (B, 4, h, w)
-            z_0 = self.remove_noise(z_t, eps, t[None])
-            z_t = self.add_noise(z_0, eps, (t[None] - stride).clamp(min=0))
+            z_t = self.ddim_step(z_t, eps, t[None], steps)
         return z_t
 
 

@@ -159,7 +159,7 @@ def test_the_models_recommendations_are_defaults(tmp_path, capsys):
     (model / "edit_defaults.json").write_text(json.dumps({"steps": 3, "text_guidance": 2, "resolution": 24}))
     edit.main([*map(str, files), "--steps", "1"])
     assert "steps 1, cfg_text 2.0, cfg_image 1.5, resolution 24" in capsys.readouterr().out
-    for wrong, word in (({"steps": "many"}, "many"), ({"speed": 3}, "speed")):
+    for wrong, word in (({"steps": "many"}, "many"), ({"speed": 3}, "speed"), ({"steps": 2.5}, "2.5")):
         (model / "edit_defaults.json").write_text(json.dumps(wrong))
         assert word in refuse(capsys, *files)
 

@@ -354,7 +354,9 @@ NORM, UNET, VAE_FILE, TEXT = "text_model.final_layer_norm.weight", f"unet/{WEIGH
     ("scheduler/scheduler_config.json", lambda f: edit_json(f, beta_schedule="linear"), "beta_schedule"),
     ("scheduler/scheduler_config.json", lambda f: edit_json(f, rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
     ("scheduler/scheduler_config.json", lambda f: edit_json(f, beta_start="small"), "beta_start"),
-    ("scheduler/scheduler_config.json", lambda f: edit_json(f, num_train_timesteps=1000.), "no whole number"),
+    ("scheduler/scheduler_config.json", lambda f: edit_json(f, steps_offset=1.), "no whole number"),
+    ("scheduler/scheduler_config.json", lambda f: edit_json(f, num_train_timesteps=500), "num_train_timesteps"),
+    ("unet/config.json", lambda f: edit_json(f, in_channels=9), "9 input channels"),               # one for inpainting
     ("unet", lambda d: (shard_unet(d.parent), (d / f"{WEIGHTS}-00002-of-00002.safetensors").unlink()), "00002-of-00002"),
     ("", lambda d: [shutil.rmtree(f) if f.is_dir() else f.unlink() for f in d.iterdir()], "model"),
     ("", lambda d: (shutil.rmtree(d), d.write_text("a file")), "model"),
