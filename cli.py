@@ -67,8 +67,10 @@ def replace_file(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):                   # torch.save's on a full disk
+            raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
         raise
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -391,7 +392,7 @@ def main(argv=None):
             run(args)
     except torch.OutOfMemoryError:
         parser.error(f"the memory of {args.device} is too small; choose a smaller --batch-size and a larger --accumulate")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:   # the last on a full disk
         parser.error(str(error))
 
 

@@ -210,8 +210,9 @@ def test_an_answer_is_one_object_of_the_texts_asked_for():
     job, fields = {"caption": GOOD["caption"], "image": "barn.jpg"}, {name: GOOD[name] for name in TEXTS[1:]}
     assert judge(json.dumps(fields), job, TEXTS[1:]) == (None, job | fields)
     spaced = json.dumps(fields | {"instruction": " paint the barn blue "}, indent=1)
-    assert judge(f" {spaced}\n", job, TEXTS[1:]) == (None, job | fields)
-    for answer in ("", "[]", json.dumps(fields)[:-1], json.dumps(fields | {"note": ""}), f"```{json.dumps(fields)}",
+    for before in (" ", "```json\n", "Sure! Here it is: "):
+        assert judge(f"{before}{spaced}\n", job, TEXTS[1:]) == (None, job | fields)
+    for answer in ("", "[]", json.dumps(fields)[:-1], json.dumps(fields | {"note": ""}), f"{json.dumps(fields)} I hope",
                    json.dumps(fields | {"instruction": 1}), "[" * 100_000, json.dumps({"instruction": "paint it blue"}), str(fields)):
         reason, record = judge(answer, job, TEXTS[1:])
         assert "JSON" in reason and record == job | {"reason": reason, "answer": answer}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import evaluate
@@ -457,6 +458,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(tm
     message = refuse(capsys, *FAST, "--objective", "identity", "--save-every", 1, "--steps", 3, "--output", tmp_path)
     assert "not finite at step 2" in message
     assert state(tmp_path)["step"] == 1 and all(v.isfinite().all() for v in state(tmp_path)["unet"].values())
+
+
+@pytest.mark.parametrize("name, error", [("torch.save", RuntimeError), ("uip2p.save_file", SafetensorError)])
+def test_a_full_disk_is_said_in_one_line(tmp_path, capsys, monkeypatch, name, error):
+    def save(content, path, *rest):
+        Path(path).write_bytes(b"half")
+        raise error("No space left")
+    monkeypatch.setattr(name, save)
+    assert "No space left" in refuse(capsys, *FAST, "--objective", "identity", "--steps", 1, "--output", tmp_path)
+    assert not any(file.read_bytes() == b"half" for file in tmp_path.rglob("*") if file.is_file())
 
 
 @pytest.mark.parametrize("objective", ["ip2p", "identity"])   # the cycle's takes more steps to fall than a test has time for
