@@ -5,7 +5,8 @@
     python benchmark.py --size sd15 --device cuda         # what the README calls not measured; about 8 minutes
     python benchmark.py --save random-sd15                # only writes the model, for edit.py and, with its clip, train.py
 
-FLOPs are counted by torch on the same network without data.  The machine's peak is what a large matrix product reaches.
+FLOPs, and the memory of trainings that are too large for a CPU, are counted on the same networks without data.  The
+machine's peak is what a large matrix product reaches.
 """
 import argparse
 import copy
@@ -346,7 +347,7 @@ def edits(table, size, dtype):
     for batch, steps in itertools.product((1, 8), STEPS):
         variants = [("plain loop", contiguous, functools.partial(plain_edit, model), 3), ("contiguous edit", contiguous, model.edit, 3),
                     *(("edit", channels_last, model.edit, branches) for branches in (3, 2, 1))]
-        if not table.cuda:
+        if not table.cuda and dtype == torch.float32:
             variants.append(("bf16 edit", functools.partial(to, torch.channels_last, torch.bfloat16), model.edit, 3))
         if compiling and batch == 1 and steps in STEPS[1::2]:
             variants.append(("compiled edit", channels_last, compiled.edit, 3))
