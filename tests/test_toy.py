@@ -6,8 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tqdm import tqdm
 
+import pretrain
 import toy
+from losses import ClipScorer
+from uip2p import EditModel
 
 EDITS = {split: [toy.edit(split, i) for i in range(400 if split == "train" else 150)] for split in toy.SPLITS}
 ALL = sum(EDITS.values(), [])
@@ -203,3 +207,18 @@ def test_edits_in_turn_lead_from_scene_to_scene():
         assert (names, background) == read_caption(edits[-1].edited.caption)
         assert toy.edit_mask(*toy.render([edits[0].scene, edits[-1].edited])[:, None]).any()
     assert toy.chain("test", 3) == toy.chain("test", 3)
+
+
+# ---- the model of it ---------------------------------------------------------------------------------------------------
+
+def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "trange", lambda n, desc: tqdm(range(min(n, 2)), desc))
+    pretrain.main(["--clip-steps", "2", "--vae-steps", "2", "--text2image-steps", "2", "--output", str(tmp_path)])
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["clip", "VAE", "text2image"]
+    new, shipped = (EditModel.from_pretrained(path, unet="text2image") for path in (tmp_path, pretrain.HERE / "models/toy"))
+    assert new.defaults == shipped.defaults and new.scheduler == shipped.scheduler and new.unet.config == shipped.unet.config
+    assert new.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
+    assert ClipScorer.from_pretrained(tmp_path / "clip").embed_texts(["a red circle"]).isfinite().all()
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main(["--parts", "text2image", "--output", str(tmp_path / "other")])
+    assert stop.value.code == 2 and "make it first, with --parts clip" in capsys.readouterr().err
