@@ -149,12 +149,11 @@ class Table:
         guess, left = sum(flops for *_, flops in entries) / self.rate, self.end - reserve - time.time()
         repeats = 3 * REPEATS if guess < FAST * len(entries) else REPEATS
         slow = guess > SLOW * len(entries) or guess * (1 + repeats) > left
-        turns = ([0] if len(entries) == 1 else [None, 0]) if slow else [None, *range(repeats)]               # None: warm-up
-        rows = [{"what": what, "batch": batch, "times": []} for what, *_ in entries]
+        turns = ["warm-up"] * (len(entries) > 1 or not slow) + ["measured"] * (1 if slow else repeats)
+        skipped = {"skipped": "not measured: no time"} if guess and guess > left else {}
+        rows = [{"what": what, "batch": batch, "times": []} | skipped for what, *_ in entries]
         for turn, (row, (_, prepare, run, _)) in itertools.product(turns, zip(rows, entries)):
-            if guess and guess > left:
-                row["skipped"] = "not measured: no time"
-            if "skipped" in row or slow and turn is None and row is not rows[0]:                             # plain is warm
+            if "skipped" in row or slow and turn == "warm-up" and row is not rows[0]:      # of what is slow, only plain is warm
                 continue
             prepare()
             if self.cuda:
@@ -166,7 +165,7 @@ class Table:
             except torch.OutOfMemoryError:
                 row["skipped"] = "does not fit"
             else:
-                row["times"] += [s] if turn is not None else []
+                row["times"] += [s] * (turn == "measured")
                 row["GiB"] = peak_memory(self.where)
         plain = rows[0]["times"] if len(rows) > 1 else []
         for row, (*_, flops) in zip(rows, entries):
