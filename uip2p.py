@@ -258,7 +258,8 @@ class EditModel:
     def add_noise(self, z_0, noise, t):
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, for t (B,)."""
         abar = self.alphas_cumprod[t][:, None, None, None]    # float32: in bfloat16, 1 - abar_1 would be 0
-        return abar.sqrt().to(z_0) * z_0 + (1 - abar).sqrt().to(z_0) * noise
+        dtype = torch.result_type(z_0, noise)                 # under autocast, latents are bfloat16 and noise is not
+        return abar.sqrt().to(dtype) * z_0 + (1 - abar).sqrt().to(dtype) * noise
 
     def remove_noise(self, z_t, eps, t):
         """The one-step estimate of the clean latents, z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)."""
