@@ -99,15 +99,17 @@ def prepare(model, scorer, args):
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(args.train == "all" or ".attn2." in name or name.startswith("conv_in."))
     trained = [p for p in unet.parameters() if p.requires_grad]
+    frozen = [model.vae, model.text_encoder, *([scorer.clip] if scorer else [])]
+    if args.delta:
+        model.start = copy.copy(model)                        # as it is now, for good
+        model.start.unet = copy.deepcopy(unet).requires_grad_(False).eval()
+        frozen.append(model.start.unet)
     if args.precision == "bf16":
-        for module in (model.vae, model.text_encoder, *([scorer.clip] if scorer else [])):
+        for module in frozen:
             module.bfloat16()
         for parameter in unet.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
-    if args.delta:
-        model.start = copy.copy(model)                        # as it is now, for good
-        model.start.unet = copy.deepcopy(unet).requires_grad_(False).eval()
     average = [p.detach().to("cpu" if args.ema_on_host else p.device, copy=True) for p in trained]
     return trained, average, torch.optim.AdamW(trained, args.lr, weight_decay=.01, fused=True)
 
