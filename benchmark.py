@@ -2,7 +2,7 @@
 
     python benchmark.py --size toy
     python benchmark.py --size sd15 --output sd15.json
-    python benchmark.py --size sd15 --device cuda         # what the README calls not measured; about 8 minutes
+    python benchmark.py --size sd15 --device cuda --budget 420      # what the README calls not measured, in under 8 minutes
     python benchmark.py --save random-sd15                # only writes the model, for edit.py and, with its clip, train.py
 
 FLOPs, and the memory of trainings that are too large for a CPU, are counted on the same networks without data.  The
@@ -35,7 +35,7 @@ import train
 from cli import DTYPES, Parser, device, peak_memory, positive_int, quiet_transformers, replace_file
 from data import Batch
 from losses import ClipScorer
-from uip2p import EditModel, read_json, update_average
+from uip2p import TIMESTEPS, EditModel, read_json, update_average
 from unet import SD15, UNet
 from vae import SD15_VAE, VAE
 
@@ -200,7 +200,7 @@ class Table:
 
 
 def training_args(size, where, which, small):
-    """train.py's arguments for a training of all weights or of which; small: in little memory."""
+    """train.py's arguments for --train which; small: in little memory."""
     return train.parse(["--device", where, "--train", which, *["--checkpointing", "--ema-on-host"] * small,
                         *([] if size == "toy" else ["--data", "random", "--precision", "bf16"])])[1]
 
@@ -217,13 +217,13 @@ def training_memory(table, which, small, batches):
     By the rules of a CPU's autocast; a GPU needs more for its libraries, fragmentation, and norms, which it has in float32."""
     args = training_args("sd15", "cpu", which, small)
     model, scorer = random_model("sd15", "meta")
-    args.ema_on_host = False                                  # a host's is deleted instead
+    args.ema_on_host = False                                  # that average is deleted below
     train.prepare(model, scorer, args)                        # sets the precision of each part
     with Memory() as memory:
         with FakeTensorMode(allow_non_fake_inputs=True):      # autocast and AdamW know these, but no meta tensors
             for part in (model.unet, model.vae, model.text_encoder, scorer.clip):
                 part.to_empty(device="cpu")
-        model.alphas_cumprod, scorer.mean, scorer.std = torch.ones(1000), torch.ones(3, 1, 1), torch.ones(3, 1, 1)
+        model.alphas_cumprod, scorer.mean, scorer.std = torch.ones(TIMESTEPS), torch.ones(3, 1, 1), torch.ones(3, 1, 1)
         trained, average, optimizer = train.prepare(model, scorer, argparse.Namespace(**vars(args) | {"precision": "fp32"}))
         if small:
             del average
@@ -306,8 +306,14 @@ def edits(table, size, dtype):
     """The lines of editing, of 512x512 or the toy's 32x32."""
     gc.collect()
     (model, _), (meta, _) = random_model(size, table.where), random_model(size, "meta")
-    for part in (model.unet, model.vae, model.text_encoder):
-        part.to(dtype)
+
+    def to(layout, precision=dtype):
+        for part in (model.unet, model.vae, model.text_encoder):
+            part.to(precision)
+        model.unet.to(memory_format=layout), model.vae.to(memory_format=layout)
+
+    contiguous, channels_last = (functools.partial(to, layout) for layout in (torch.contiguous_format, torch.channels_last))
+    channels_last()
     side = 32 if size == "toy" else 512
     latent = 4, side // model.vae_factor, side // model.vae_factor
 
@@ -337,12 +343,6 @@ def edits(table, size, dtype):
         compiled.unet.compile(mode="reduce-overhead")
         print(f"compiled in {table.seconds(lambda: compiled.edit(torch.zeros(1, 3, side, side), ['make it snow'], 1)):.0f} s")
 
-    def to(layout, precision=dtype):
-        for part in (model.unet, model.vae, model.text_encoder):
-            part.to(precision)
-        model.unet.to(memory_format=layout), model.vae.to(memory_format=layout)
-
-    contiguous, channels_last = (functools.partial(to, layout) for layout in (torch.contiguous_format, torch.channels_last))
     for batch, steps in itertools.product((1, 8), STEPS):
         variants = [("plain loop", contiguous, functools.partial(plain_edit, model), 3), ("contiguous edit", contiguous, model.edit, 3),
                     *(("edit", channels_last, model.edit, branches) for branches in (3, 2, 1))]

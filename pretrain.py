@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 import toy
 from cli import Parser, number, positive_int, replace_file
 from losses import CLIP_MEAN, CLIP_STD, ClipScorer
-from uip2p import EditModel, noise_error, update_average
+from uip2p import TIMESTEPS, EditModel, noise_error, update_average
 from unet import UNet
 from vae import VAE
 
@@ -54,7 +54,7 @@ TEXT2IMAGE = dict(
     attention_head_dim=2, cross_attention_dim=WIDTH, norm_num_groups=8, sample_size=toy.SIZE // 4,
     down_block_types=["CrossAttnDownBlock2D"] * 2, up_block_types=["CrossAttnUpBlock2D"] * 2)
 SCHEDULER = dict(
-    _class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+    _class_name="DDIMScheduler", num_train_timesteps=TIMESTEPS, beta_start=0.00085, beta_end=0.012,
     beta_schedule="scaled_linear", prediction_type="epsilon", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
     timestep_spacing="leading")
 EDIT_DEFAULTS = dict(steps=10, text_guidance=1.5, image_guidance=1.2, resolution=toy.SIZE)
@@ -200,7 +200,7 @@ def pretrain_text2image(path, steps, precision):
         rows = torch.randint(len(latents), (128,))
         context = model.encode_text([captions[i] if random.random() > .1 else "" for i in rows])
         z_0 = latents[rows]
-        noise, t = torch.randn_like(z_0), torch.randint(1000, (len(z_0),))
+        noise, t = torch.randn_like(z_0), torch.randint(TIMESTEPS, (len(z_0),))
         update_average(average, unet.parameters(), step)
         return noise_error(model, unet(model.add_noise(z_0, noise, t), t, context), noise, t)
 

@@ -30,7 +30,7 @@ from cli import Parser, device, non_negative_float, number, peak_memory, positiv
 from data import Folder, Mix, Shards, batches, open_source, read_texts
 from losses import WEIGHTS, ClipScorer, cycle_losses
 from pictures import curves, grid, overlay, save_png
-from uip2p import EditModel, cycle, delta_edit, edit_map, noise_error, update_average
+from uip2p import TIMESTEPS, EditModel, cycle, delta_edit, edit_map, noise_error, update_average
 
 HERE = Path(__file__).resolve().parent
 # what the paper says, where it does; and what was measured to suit a model a thousand times smaller, in ten minutes
@@ -63,7 +63,7 @@ def denoising_loss(model, images, targets, texts, r, generator):
         image_latents = image_latents * ((r < .05) | (r >= .15))[:, None, None, None].to(images)
         context = model.encode_text(["" if drop else text for text, drop in zip(texts, r < .10)])
     noise = torch.randn(z_0.shape, generator=generator).to(z_0)
-    t = torch.randint(1000, (len(z_0),), generator=generator).to(z_0.device)
+    t = torch.randint(TIMESTEPS, (len(z_0),), generator=generator).to(z_0.device)
     eps = model.unet(torch.cat([model.add_noise(z_0, noise, t), image_latents], dim=1), t, context)
     return noise_error(model, eps, noise, t)
 
@@ -72,8 +72,8 @@ def round_trip_losses(model, scorer, batch, args, generator):
     """The four losses of the paper and their sum, L_CEC, of one forward and one reverse edit: a dict of scalars."""
     B, sides = len(batch.images), [side // model.vae_factor for side in batch.images.shape[-2:]]
     noise = torch.randn(2, B, model.vae.config["latent_channels"], *sides, generator=generator).to(batch.images)
-    t = torch.randint(args.t_min, 1000, (B,), generator=generator).to(model.device)
-    t_hat = torch.randint(1000, (B,), generator=generator).to(model.device)
+    t = torch.randint(args.t_min, TIMESTEPS, (B,), generator=generator).to(model.device)
+    t_hat = torch.randint(TIMESTEPS, (B,), generator=generator).to(model.device)
     trip = cycle(model, batch.images, batch.instructions, batch.reverse_instructions, t, t_hat, noise,
                  args.start, args.reverse_start, args.reencode, args.sharp)
     losses = cycle_losses(scorer, batch.images, batch.captions, batch.edited_captions, trip,
@@ -155,7 +155,7 @@ def compute_losses(model, scorer, batch, args, generator):
         if args.objective == "identity" and args.delta:
             image_latents = model.vae.encode(batch.images)
             noise = torch.randn(image_latents.shape, generator=generator).to(image_latents)
-            t = torch.randint(1000, (B,), generator=generator).to(model.device)
+            t = torch.randint(TIMESTEPS, (B,), generator=generator).to(model.device)
             z_t = model.add_noise(model.vae.scaling_factor * image_latents, noise, t)
             eps = model.unet(torch.cat([z_t, image_latents], dim=1), t, model.encode_text(batch.instructions))
             losses["delta"] = delta_loss(model, batch, image_latents, z_t, t, eps)

@@ -23,7 +23,8 @@ from unet import UNet
 from vae import VAE, modern_names
 
 STOP_WORDS = set("a an the this that it its his her their and or of to in on at by for from with into as is are be".split())
-DEFAULTS = "steps", "text_guidance", "image_guidance", "resolution"   # what a model may recommend for its edits
+TIMESTEPS = 1000                                              # Stable Diffusion's t is in 0 .. 999
+DEFAULTS = dict(steps=int, text_guidance=float, image_guidance=float, resolution=int)     # what a model may recommend
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
@@ -131,13 +132,13 @@ class EditModel:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.scheduler, self.defaults = scheduler, defaults or {}
         for key, value in (("beta_schedule", "scaled_linear"), ("prediction_type", "epsilon"), ("trained_betas", None),
-                           ("rescale_betas_zero_snr", False), ("num_train_timesteps", 1000)):
+                           ("rescale_betas_zero_snr", False), ("num_train_timesteps", TIMESTEPS)):
             if scheduler.get(key, value) != value:
                 raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is not supported, only {value!r}")
         for key, kind in (("beta_start", float), ("beta_end", float), ("steps_offset", int)):
             if type(scheduler.get(key, 0)) not in (int, kind):
                 raise ValueError(f"scheduler config: {key} = {scheduler[key]!r} is no {'whole ' * (kind is int)}number")
-        betas = torch.linspace(scheduler.get("beta_start", 0.00085) ** .5, scheduler.get("beta_end", 0.012) ** .5, 1000) ** 2
+        betas = torch.linspace(scheduler.get("beta_start", 0.00085) ** .5, scheduler.get("beta_end", 0.012) ** .5, TIMESTEPS) ** 2
         for module in (unet, vae):
             module.to(memory_format=torch.channels_last)      # in which convolutions and attention are faster
         self.alphas_cumprod = torch.cumprod(1 - betas, 0).to(self.device)                 # (1000,), abar_t
@@ -169,8 +170,9 @@ class EditModel:
         file = path / "edit_defaults.json"
         defaults = read_json(file) if file.is_file() else {}
         for name, value in defaults.items():
-            if name not in DEFAULTS or type(value) not in (int, float) or type(value) is float and name in ("steps", "resolution"):
-                raise ValueError(f"{file}: {name} = {value!r} is not a number for one of {', '.join(DEFAULTS)}")
+            if name not in DEFAULTS or type(value) not in (int, DEFAULTS[name]):
+                raise ValueError(f"{file}: {name} = {value!r}: a model may recommend {', '.join(DEFAULTS)}, as numbers, and the "
+                                 "first and the last as whole ones")
         for module in (unet, vae, text_encoder):
             module.to(device, dtype).requires_grad_(False).eval()
         return cls(unet, vae, text_encoder, tokenizer, scheduler, defaults)
@@ -269,14 +271,14 @@ class EditModel:
     def ddim_timesteps(self, steps):
         """The timesteps of DDIM, descending: multiples of the stride 1000 // steps, shifted by steps_offset."""
         offset = self.scheduler.get("steps_offset", 1)
-        if not 1 <= steps <= 1000 - offset:
-            raise ValueError(f"steps must be between 1 and {1000 - offset}, not {steps}")
-        return [i * (1000 // steps) + offset for i in reversed(range(steps))]
+        if not 1 <= steps <= TIMESTEPS - offset:
+            raise ValueError(f"steps must be between 1 and {TIMESTEPS - offset}, not {steps}")
+        return [i * (TIMESTEPS // steps) + offset for i in reversed(range(steps))]
 
     def ddim_step(self, z_t, eps, t, steps):
-        """One of `steps` steps of DDIM (eta 0), from t, (B,) or (1,), by the noise prediction eps: z_t -> z_(t - 1000 // steps)."""
+        """One of `steps` steps of DDIM (eta 0) by the noise prediction eps: z_t (B, 4, h, w) at t, (B,) or (1,), -> z_(t - stride)."""
         z_0 = self.remove_noise(z_t, eps, t)
-        return self.add_noise(z_0, eps, (t - 1000 // steps).clamp(min=0))
+        return self.add_noise(z_0, eps, (t - TIMESTEPS // steps).clamp(min=0))
 
     @torch.no_grad()
     def edit(self, images, instructions, steps=50, text_guidance=7.5, image_guidance=1.5, noise=None, generator=None,
