@@ -1,35 +1,56 @@
-"""What the commands share: errors of one line, the types of their numbers, files that are whole or not there."""
+"""What the commands share: one-line errors, kinds of numbers, files that are whole or not there."""
 import argparse
 import json
 import math
 import os
 import resource
 import sys
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers.utils import logging
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}           # of --precision
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, `COMMAND: error: ...`, without the usage text; exit status 2.  COMMAND is
-    the file, also where the first argument names one of its commands."""
+    """An argument parser whose errors are one line, `COMMAND: error: ...`, with exit status 2."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog.split()[0]}: error: {' '.join(message.split())}\n")
+        command = self.prog.split()[0]            # without the name of a subcommand
+        self.exit(2, f"{command}: error: {' '.join(message.split())}\n")
 
+
+@contextmanager
+def errors(parser, args, advice="choose a smaller --batch-size"):
+    """What is wrong with files or values ends the command in one line; advice: if memory ends."""
+    logging.set_verbosity_error()                 # the commands say themselves what they load
+    logging.disable_progress_bar()
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        parser.error(f"the memory of {args.device} is too small; {advice}")
+    except (ValueError, OSError, SafetensorError) as error:       # the last one on a full disk
+        parser.error(str(error))
+
+
+# ---- kinds of numbers -------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf):
     """The argparse type of a finite int or float from low to high."""
+    name = "a whole number" if kind is int else "a number"
+    bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
-                                             + (f"of at least {low}" if high == math.inf else f"from {low} to {high}"))
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
         return value
     return parse
 
@@ -39,46 +60,90 @@ non_negative_float = number(float, 0)
 seed_int = number(int, 0, 2 ** 63 - 1)
 
 
+def named_float(text):
+    """The argparse type of NAME=VALUE, a pair of a name and a float of at least 0."""
+    name, _, value = text.rpartition("=")
+    return name, non_negative_float(value)
+
+
+# ---- the machine ------------------------------------------------------------------------------
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def device(text):
     """The argparse type of a torch device that works here."""
     try:
         torch.ones(1, device=text).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        problem = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {problem}") from None
     return text
 
 
+def default_precision(where):
+    """bf16 only where the GPU computes it: on others (T4, V100, RTX 20xx) torch emulates it."""
+    if not where.startswith("cuda"):
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def start_processes():
+    """Joins the processes of torchrun, each with a GPU of its own.  -> (rank, how many)"""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group(timeout=timedelta(hours=2))           # they wait while the first saves
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")                        # the first alone prints
+    return dist.get_rank(), processes
+
+
+def mean_of_processes(tensors):
+    """Each tensor becomes its mean over the processes of torchrun."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+
+
 def peak_memory(where):
-    """GiB at the peak so far: what torch had allocated on a GPU, or what the whole process had on a CPU."""
+    """GiB at the peak so far: of torch on a GPU, of the whole process on a CPU."""
     if where.startswith("cuda"):
         return torch.cuda.max_memory_allocated(where) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def quiet_transformers():
-    """No progress bar for the loading of a text encoder, no remark on a text that is too long: the commands say it."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
+# ---- files ------------------------------------------------------------------------------------
 
 def replace_file(path, write):
-    """Has write(temporary path) make a file, and gives it its name only when it is whole."""
+    """Lets write(temporary path) make a file, and gives it its name only when it is whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):                   # torch.save's on a full disk
-            raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        if isinstance(error, RuntimeError):       # torch.save's, on a full disk
+            problem = str(error).splitlines()[0]
+            raise OSError(f"{path} cannot be written: {problem}") from None
         raise
 
 
 def keep_settings(folder, settings, results):
-    """Writes a folder's settings.json; ValueError if there are `results` in it, a glob pattern, that were made with others."""
+    """Writes a folder's settings.json.  ValueError if there are `results` in it, a glob pattern,
+    that were made with other settings."""
     file = folder / "settings.json"
-    old = json.loads(file.read_text()) if file.is_file() and any(folder.glob(results)) else settings
-    if changed := [name for name in settings if old.get(name) != settings[name]]:
-        raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose another --output, or remove it")
+    old = settings
+    if file.is_file() and any(folder.glob(results)):
+        old = json.loads(file.read_text())
+    changed = [name for name in settings if old.get(name) != settings[name]]
+    if changed:
+        raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose "
+                         "another --output, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=1)))

@@ -1,87 +1,30 @@
-"""The four losses of UIP2P, on CLIP embeddings, attention maps and pixels, by the names the paper gives them.
+"""The four losses of UIP2P and their weighted sum L_CEC, by the names that the paper gives them.
 
-Images are (B, 3, H, W) in [-1, 1]; every loss is a mean over the batch, so that its weight means the same at any size.
+E_x is the CLIP embedding of image or text x, A^(i) the attention map of layer i.  Images are
+(B, 3, H, W) in [-1, 1].  Every loss is a mean over the batch.
+
+To try a loss of your own: write a function, add one line to `cycle_losses` and one entry to
+WEIGHTS.  `train.py --weights NAME=VALUE` then sets its weight.
 """
 import torch
 import torch.nn.functional as F
 from torch.nn.functional import cosine_similarity
-from transformers import CLIPModel, CLIPTokenizer
 
-from attention import token_maps
+import checkpoint
 
-WEIGHTS = {"clip": 1.0, "attn": 0.5, "sim": 1.0, "recon": 1.0}       # of L_CEC: the paper's
+WEIGHTS = {"clip": 1.0, "attn": 0.5, "sim": 1.0, "recon": 1.0}                # the paper's
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class ClipScorer:
-    """A frozen CLIP as E: images and texts -> unit vectors.  Differentiable in the images."""
-
-    def __init__(self, clip, tokenizer):
-        self.clip, self.tokenizer = clip.eval().requires_grad_(False), tokenizer
-        self.size = clip.config.vision_config.image_size
-        self.mean, self.std = (torch.tensor(v, device=clip.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
-
-    @classmethod
-    def from_pretrained(cls, path_or_id, device="cpu"):
-        """A CLIP of the hub's layout, for instance openai/clip-vit-large-patch14, whose text encoder is SD 1.5's."""
-        try:
-            clip, report = CLIPModel.from_pretrained(path_or_id, use_safetensors=True, dtype=torch.float32,
-                                                     output_loading_info=True)
-            tokenizer = CLIPTokenizer.from_pretrained(path_or_id)
-        except Exception as error:                            # transformers and tokenizers raise many kinds
-            raise ValueError(f"{path_or_id} is no whole CLIP: {str(error).splitlines()[0]}") from None
-        if report["missing_keys"]:
-            raise ValueError(f"{path_or_id} lacks weights: {sorted(report['missing_keys'])[0]}")
-        if len(tokenizer) <= 2:                               # transformers makes an empty one where its files are missing
-            raise ValueError(f"{path_or_id} has no tokenizer")
-        return cls(clip.to(device), tokenizer)
-
-    def embed_images(self, images):
-        """(B, 3, H, W) in [-1, 1] -> E_I (B, D): the short side resized, the centre cropped, CLIP's normalisation."""
-        height, width = images.shape[-2:]
-        size = [max(self.size, side * self.size // min(height, width)) for side in (height, width)]
-        images = F.interpolate(images, size, mode="bicubic", antialias=True) if size != [height, width] else images
-        top, left = ((side - self.size) // 2 for side in size)
-        images = images[:, :, top:top + self.size, left:left + self.size] / 2 + .5
-        features = self.clip.get_image_features(((images - self.mean) / self.std).to(self.clip.dtype))
-        return F.normalize(features.pooler_output.float(), dim=-1)
-
-    def embed_views(self, images, views, generator=None):
-        """A list of batches (B, 3, H, W) -> as many of embeddings (views * B, D): of random `view`s, all batches shifted alike,
-        each with noise of its own; with views = 0 (B, D), of the images as they are."""
-        shown = [view(torch.cat(images), generator) for _ in range(views)] or [torch.cat(images)]
-        return map(torch.cat, zip(*[self.embed_images(s).chunk(len(images)) for s in shown]))
-
-    @torch.no_grad()
-    def embed_texts(self, texts):
-        """List of B strings -> E_T (B, D); longer texts are cut as the tokenizer says."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
-        return F.normalize(self.clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
+# Words that do not say where an instruction acts.
+STOP_WORDS = set("a an the this that it its his her their and or of to in on at by for from with "
+                 "into as is are be".split())
 
 
-def view(images, generator=None):
-    """The images (B, 3, H, W) shifted together by up to a quarter of a side, with noise of a random strength each.
-
-    CLIP's gradient on an image as it is soon leads to patterns that please CLIP and nobody else; what it says of many views
-    at once is more often the edit (`evaluate.py toy --ascent`).  The paper does not say; random crops are usual elsewhere."""
-    height, width = images.shape[-2:]
-    padded = F.pad(images, [width // 4, width // 4, height // 4, height // 4], mode="replicate")
-    top, left = (torch.randint(side // 4 * 2 + 1, (), generator=generator) for side in (height, width))
-    strength = .5 * torch.rand(len(images), 1, 1, 1, generator=generator)
-    noise = strength * torch.randn(images.shape, generator=generator)
-    return padded[:, :, top:top + height, left:left + width] + noise.to(images)
-
-
-def norm(x):
-    """||x||_2 of each sample, divided by the root of its number of values, so that no weight depends on the resolution
-    (the paper does not say; the README's table has the mean square).  (B, ...) -> (B,)."""
-    return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
-
+# ---- the equations of the paper ---------------------------------------------------------------
 
 def clip_direction_loss(E_input, E_edit, E_caption, E_edited_caption):
-    """L_CLIP = 1 - cos(E_Iedit - E_Iinput, E_Tedit - E_Tinput): the image moves as its caption does."""
+    """L_CLIP = 1 - cos(E_Iedit - E_Iinput, E_Tedit - E_Tinput)
+
+    The image changes in the direction in which its caption changes.  All E: (B, D)."""
     return (1 - cosine_similarity(E_edit - E_input, E_edited_caption - E_caption)).mean()
 
 
@@ -91,33 +34,129 @@ def clip_similarity_loss(E_edit, E_edited_caption):
 
 
 def attention_loss(forward_maps, reverse_maps):
-    """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.  Lists of (B, h, w), a layer each.
+    """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.
 
-    The paper does not say how A is scaled.  Here each map is divided by its mean, or both would agree by fading to zero.
-    The sum over i is a mean here, so that the loss does not grow with the number of layers."""
-    def relative(m):
-        return m / m.mean((1, 2), keepdim=True).clamp_min(1e-6)
-    pairs = list(zip(forward_maps, reverse_maps, strict=True))
-    return sum(norm(relative(f) - relative(r)).mean() for f, r in pairs) / len(pairs)
+    forward_maps, reverse_maps: lists of (B, h, w), one map for each layer i
+    The paper does not say how A is scaled.  Here each map is divided by its mean; without that, the
+    loss falls when all maps fade to zero.  The sum over i is a mean here, so that the weight does
+    not depend on the number of layers."""
+    loss = 0
+    for A_f, A_r in zip(forward_maps, reverse_maps, strict=True):
+        A_f = A_f / A_f.mean((1, 2), keepdim=True).clamp_min(1e-6)            # (B, h, w)
+        A_r = A_r / A_r.mean((1, 2), keepdim=True).clamp_min(1e-6)
+        loss = loss + rms(A_f - A_r).mean()
+    return loss / len(forward_maps)
 
 
 def reconstruction_loss(images, reconstructed, E_input, E_recon):
-    """L_recon = ||I_input - I_recon||_2 + 1 - cos(E_Iinput, E_Irecon): undone, the edit leaves the input."""
-    return norm(images - reconstructed).mean() + (1 - cosine_similarity(E_input, E_recon)).mean()
+    """L_recon = ||I_input - I_recon||_2 + 1 - cos(E_Iinput, E_Irecon)
+
+    The reverse edit brings back the pixels and the meaning of the input."""
+    return rms(images - reconstructed).mean() + (1 - cosine_similarity(E_input, E_recon)).mean()
 
 
-def cycle_losses(scorer, images, captions, edited_captions, cycle, forward_tokens, reverse_tokens, weights=WEIGHTS,
-                 views=0, generator=None):
-    """The four losses of one round trip and their weighted sum, L_CEC: a dict of scalars clip, sim, attn, recon, cec.
+def cycle_losses(clip, images, captions, edited_captions, cycle, forward_words, reverse_words,
+                 weights=WEIGHTS):
+    """The losses of one round trip and L_CEC, their weighted sum "cec": a dict of scalars.
 
-    images (B, 3, H, W); captions and edited_captions: lists of B strings; cycle: uip2p.Cycle
-    forward_tokens, reverse_tokens: (B, L), the content tokens of the two instructions
-    views: of how many random views CLIP's losses are the mean; 0 for the images as they are"""
-    E_input, E_edit, E_recon = scorer.embed_views((images, cycle.edited, cycle.reconstructed), views, generator)
-    E_caption, E_edited_caption = (E.repeat(max(views, 1), 1) for E in scorer.embed_texts(captions + edited_captions).chunk(2))
+    clip: a ClipScorer; captions, edited_captions: lists of B strings; cycle: a uip2p.Cycle
+    forward_words, reverse_words: (B, L), the `content_words` of the two instructions"""
+    E_input, E_edit, E_recon = clip.embed_images(
+        torch.cat([images, cycle.edited, cycle.reconstructed])).chunk(3)      # (B, D) each
+    E_caption, E_edited_caption = clip.embed_texts(captions + edited_captions).chunk(2)
+    A_f = [reduce_map(probs, forward_words) for probs in cycle.forward_maps]  # (B, h, w) each
+    A_r = [reduce_map(probs, reverse_words) for probs in cycle.reverse_maps]
+
     losses = {
         "clip": clip_direction_loss(E_input, E_edit, E_caption, E_edited_caption),
         "sim": clip_similarity_loss(E_edit, E_edited_caption),
-        "attn": attention_loss(token_maps(cycle.forward_maps, forward_tokens), token_maps(cycle.reverse_maps, reverse_tokens)),
-        "recon": reconstruction_loss(images, cycle.reconstructed, E_input, E_recon)}
-    return losses | {"cec": sum(weights[name] * loss for name, loss in losses.items())}
+        "attn": attention_loss(A_f, A_r),
+        "recon": reconstruction_loss(images, cycle.reconstructed, E_input, E_recon),
+    }
+    losses["cec"] = sum(weights[name] * losses[name] for name in weights)
+    return losses
+
+
+# ---- what the equations are made of -----------------------------------------------------------
+
+def rms(x):
+    """||x||_2 of each sample, divided by the root of its size: (B, ...) -> (B,).
+
+    The paper does not say how its norms are scaled; so they do not depend on the resolution."""
+    return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
+
+
+def content_words(tokenizer, ids):
+    """Token ids (B, L) -> (B, L) of 0 and 1: 1 for a word with a meaning of its own, 0 for start,
+    end, padding, stop words and punctuation."""
+    mask = torch.zeros(ids.shape)
+    for b, row in enumerate(ids.tolist()):
+        for i, token in enumerate(tokenizer.convert_ids_to_tokens(row)):
+            word = token.removesuffix("</w>")         # without "</w>" it is only a part of a word
+            is_stop_word = token != word and word in STOP_WORDS
+            is_word = row[i] not in tokenizer.all_special_ids and any(map(str.isalnum, word))
+            if is_word and not is_stop_word:
+                mask[b, i] = 1
+    return mask
+
+
+def reduce_map(probs, words):
+    """A^(i), one map for each image, from the probabilities (B, heads, h, w, L) of layer i.
+
+    The two instructions have different tokens, so the tokens are summed before the maps are
+    compared.  The paper does not say how.  A sum over all tokens is 1 at every pixel and says
+    nothing, so only the content words count (words: (B, L) of 0 and 1); the heads are averaged."""
+    counted = probs * words.to(probs)[:, None, None, None, :]                 # (B, heads, h, w, L)
+    return counted.sum(dim=-1).mean(dim=1)                                    # (B, h, w)
+
+
+@torch.no_grad()
+def edit_region(model, images, edited, instructions, t=500):
+    """Where an instruction acts, for pictures: A^(i) at one t, resized, averaged over the layers,
+    and stretched to [0, 1] for each image.  images, edited (B, 3, H, W) -> (B, H, W)."""
+    z_0 = model.encode(edited)                                                # (B, 4, h, w)
+    noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(z_0)
+    t = torch.full((len(z_0),), t, device=z_0.device)
+    x = torch.cat([model.add_noise(z_0, noise, t), model.vae.encode(images)], dim=1)
+    maps, words = [], content_words(model.tokenizer, model.tokenize(instructions))
+    model.unet(x, t, model.encode_text(instructions), maps)
+    layers = [reduce_map(probs, words)[:, None] for probs in maps]            # (B, 1, h', w') each
+    layers = [F.interpolate(A, images.shape[-2:], mode="bilinear") for A in layers]
+    region = torch.stack(layers).mean(0)[:, 0]                                # (B, H, W)
+    low, high = region.amin((1, 2), keepdim=True), region.amax((1, 2), keepdim=True)
+    return (region - low) / (high - low).clamp_min(1e-6)
+
+
+class ClipScorer:
+    """A frozen CLIP as E: images and texts -> unit vectors.  It is differentiable in the images."""
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, clip, tokenizer):
+        self.clip, self.tokenizer = clip.eval().requires_grad_(False), tokenizer
+        self.size = clip.config.vision_config.image_size
+        self.mean = torch.tensor(self.MEAN, device=clip.device)[:, None, None]
+        self.std = torch.tensor(self.STD, device=clip.device)[:, None, None]
+
+    @classmethod
+    def from_pretrained(cls, path_or_id, device="cpu"):
+        """A CLIP in the hub's layout.  SD 1.5's text encoder is openai/clip-vit-large-patch14's."""
+        return cls(*checkpoint.load_clip(path_or_id, device))
+
+    def embed_images(self, images):
+        """(B, 3, H, W) in [-1, 1] -> E_I (B, D).  Resized, cropped and normalised as CLIP does."""
+        height, width = images.shape[-2:]
+        size = [max(self.size, side * self.size // min(height, width)) for side in (height, width)]
+        if size != [height, width]:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
+        images = images[:, :, top:top + self.size, left:left + self.size] / 2 + 0.5
+        images = ((images - self.mean) / self.std).to(self.clip.dtype)
+        features = self.clip.get_image_features(images).pooler_output         # (B, D)
+        return F.normalize(features.float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts):
+        """List of B strings -> E_T (B, D).  Longer texts are cut."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        features = self.clip.get_text_features(**tokens.to(self.clip.device)).pooler_output
+        return F.normalize(features.float(), dim=-1)

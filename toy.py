@@ -132,20 +132,6 @@ def edit(split, index, seed=0):
             return made
 
 
-def chain(split, index, turns=3, seed=0):
-    """A list of edits in turn, each of the scene that the one before leaves.  None is an `add`, which names no place, so that
-    what all of them should leave is one scene; every edited scene has an object, for the next edit."""
-    rng = random.Random(f"{seed} {split} {index} chain")
-    while True:
-        scene, edits = edit(split, index, seed).scene, []
-        for kind in rng.sample(KINDS[:-1], turns):
-            if len(scene.objects) > (kind == "remove") and (made := random_edit(rng, scene, kind)):
-                edits.append(made)
-                scene = made.edited
-        if len(edits) == turns:
-            return edits
-
-
 def entangled(sample, rng):
     """The edited scene with the biases of Prompt-to-Prompt pairs (figure 2 of the paper): 40 % of the subject's colour
     leaks into the background, of a new background into the objects, and everything drifts by up to 2 pixels."""
@@ -193,8 +179,3 @@ def render(scenes):
         colour = torch.tensor([rgb(o.colour) for o in objects])[:, :, None, None] / 255
         images[rows] = images[rows] * (1 - cover) + colour * cover
     return images.clamp(0, 1) * 2 - 1
-
-
-def edit_mask(images, edited):
-    """Where an edit changes an image: (B, 3, H, W) twice -> bool (B, 1, H, W)."""
-    return (images - edited).abs().amax(1, keepdim=True) > .06

@@ -1,0 +1,227 @@
+"""Sources of large data sets, and `open_source`, which says what a --data is.
+
+    "cc3m/{00000..00331}.tar"   webdataset shards, as img2dataset writes them: KEY.jpg, KEY.txt (the
+                                caption), KEY.json
+    clip-filtered-dataset       InstructPix2Pix's own tree: seeds.json, DIRECTORY/prompt.json,
+                                DIRECTORY/SEED_0.jpg, SEED_1.jpg
+
+A side file (--texts) has the texts that these lack, one JSON object a line, whose "key" is the KEY
+of a shard, the DIRECTORY, or the "key" of a line of a folder's metadata.jsonl.
+"""
+import itertools
+import json
+import random
+import re
+import tarfile
+from glob import glob
+from pathlib import Path
+
+from cli import named_float
+from data import Folder, Source, ToyWorld, parse_json, read_edits, read_lines, shuffled
+from pictures import load_image
+
+LARGEST = 2 ** 26                              # bytes that are read of a member of a shard
+BUFFER = 1000                                  # samples of shards that are shuffled together
+IMAGES = ("jpg", "jpeg", "png", "webp")        # of a shard; its other members may be of any kind
+
+
+def open_source(path, split, resolution, seed=0, pairs=False, side={}):
+    """The source at `path`: "toy", a .tar or a pattern of them, InstructPix2Pix's tree, a folder.
+
+    side: a side file, as `read_texts` gives it."""
+    if path == "toy":
+        return ToyWorld(split, 1_000_000 if split == "train" else 64, seed, pairs)
+    if path.endswith(".tar"):
+        return Shards(path, resolution, seed, pairs, side)
+    if (Path(path) / "seeds.json").is_file():
+        return InstructPix2Pix(path, split, resolution, seed, pairs, side)
+    return Folder(path, resolution, seed, pairs, side)
+
+
+def open_data(args):
+    """The training and the validation data of the arguments of train.py."""
+    side = read_texts(args.texts) if args.texts else {}
+
+    def open_mix(sources, split):
+        opened, weights = [], []
+        for source in sources:
+            path, weight = named_float(source) if "=" in source else (source, 1.0)
+            opened.append(open_source(path, split, args.resolution, args.seed,
+                                      args.objective == "ip2p", side))
+            weights.append(weight)
+        return Mix(opened, weights)
+
+    validation = open_mix([args.validation] if args.validation else args.data, "validation")
+    if not args.validation and any(isinstance(s, (Folder, Shards)) for s in validation.sources):
+        print("validation on the training data itself, which has no split of its own: "
+              "--validation names other data")
+    return open_mix(args.data, "train"), validation
+
+
+def read_texts(path):
+    """A side file -> {key: its edits}, all in memory, about 1 GB for a million lines."""
+    texts = {}
+    for _, edits in read_lines(path, lambda row: read_edits(row, [{}], ["key"])):
+        texts.setdefault(edits[0]["key"], []).extend(edits)
+    return texts
+
+
+class Mix(Source):
+    """Samples of several sources, in the proportions of their weights."""
+
+    def __init__(self, sources, weights):
+        self.sources, self.weights, self.pairs = sources, weights, sources[0].pairs
+
+    def order(self, seed, first, share=slice(None)):
+        rng, places = random.Random(seed), range(len(self.sources))
+        drawn = rng.choices(places, self.weights, k=first)
+        orders = [s.order(seed, drawn.count(i), share) for i, s in enumerate(self.sources)]
+        while True:
+            i, = rng.choices(places, self.weights)
+            epoch, item = next(orders[i])
+            yield i, epoch, item
+
+    def load(self, i, epoch, item):
+        return self.sources[i].load(epoch, item)
+
+
+# ---- InstructPix2Pix's tree -------------------------------------------------------------------
+
+class InstructPix2Pix(Source):
+    """InstructPix2Pix's data as it is on disk: 0.9 of the directories for training, the next 0.05
+    for validation, the others for the test.  Each time a directory is drawn, so is one of its
+    seeds.  It has no reverse instructions: the cycle uses those that `side` names."""
+    SPLITS = {"train": (0, 0.9), "validation": (0.9, 0.9 + 0.05), "test": (0.9 + 0.05, 1)}
+
+    def __init__(self, path, split, resolution, seed=0, pairs=False, side={}):
+        listing = Path(path) / "seeds.json"
+        try:
+            rows = json.loads(listing.read_bytes())
+            begin, end = [int(part * len(rows)) for part in self.SPLITS[split]]
+            items = [(Path(path) / name, list(seeds), side.get(name, [{}]))
+                     for name, seeds in rows[begin:end] if pairs or name in side]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(f"{listing} is no JSON list of [directory, [seeds]]") from None
+        if not items and pairs:
+            raise ValueError(f"{listing} has no directory for {split}")
+        if not items:
+            raise ValueError(f"{listing} has no directory for {split} of which the side file "
+                             "(--texts) has the reverse instruction, which the cycle needs")
+        super().__init__(items, resolution, seed, pairs)
+
+    def open(self, rng, path, seeds, more):
+        row = parse_json((path / "prompt.json").read_bytes())
+        edits = read_edits(row, more, self.needed)
+        if not seeds:
+            raise ValueError("seeds.json names no pair of it")
+        seed = rng.choice(seeds)
+        names = [f"{seed}_{i}.jpg" for i in range(2 if self.pairs else 1)]
+        return rng.choice(edits), [load_image(path / name) for name in names]
+
+
+# ---- webdataset shards ------------------------------------------------------------------------
+
+def expand(pattern):
+    """The paths of a pattern like cc3m/*.tar, or of a range like cc3m/{00000..00331}.tar."""
+    patterns, braces = [pattern], re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if braces:
+        first, last = braces.groups()
+        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+        patterns = [pattern.replace(braces[0], number) for number in numbers]
+    return [path for p in patterns for path in sorted(glob(p)) or [p]]
+
+
+def key_and_kind(name):
+    """The name of a member up to the first dot of its last part, and what follows the dot."""
+    key = re.sub(r"\.[^/]*$", "", name)
+    return key, name[len(key) + 1:].lower()
+
+
+class Shards(Source):
+    """Tar files: a path, a pattern or a range; with a side file, the samples that it names.
+
+    They are read from beginning to end and never extracted; the names of members are keys, never
+    paths.  The samples are read here and only decoded by the workers, so that the order does not
+    depend on their number."""
+
+    def __init__(self, pattern, resolution, seed=0, pairs=False, side={}):
+        if pairs:
+            raise ValueError(f"{pattern}: shards have no edited images, which the supervised "
+                             "baseline needs")
+        super().__init__(expand(pattern), resolution, seed, pairs)
+        self.pattern, self.side = pattern, side
+        for shard in self.items:
+            if not Path(shard).is_file():
+                raise ValueError(f"{shard}: there is no such shard")
+
+    def order(self, seed, first, share=slice(None)):
+        """As of every source; of what lies before `first`, only headers are read."""
+        for epoch in itertools.count():
+            order = shuffled(len(self.items), seed, epoch, share)
+            samples = self.samples([self.items[i] for i in order], first // BUFFER * BUFFER)
+            rng, empty = random.Random(f"{seed} {epoch}"), True
+            while block := list(itertools.islice(samples, BUFFER)):
+                rng.shuffle(block)
+                for item in block[first:]:
+                    yield epoch, item
+                first, empty = max(first - len(block), 0), False
+            if empty:
+                what = "image that the side file names" if self.side else "image"
+                raise ValueError(f"{self.pattern} has no {what}")
+
+    def samples(self, shards, start):
+        """(name, {kind: bytes} or what is wrong, edits of the side file) for each sample of some
+        shards; None for the first `start`."""
+        count = itertools.count()
+        for shard in shards:
+            try:
+                with tarfile.open(shard, "r:") as tar:
+                    for key, members in self.groups(tar):
+                        if next(count) < start:
+                            yield None
+                            continue
+                        kinds = members.keys() & {*IMAGES, "txt", "json"}
+                        files = {k: tar.extractfile(members[k]).read(LARGEST) for k in kinds}
+                        yield f"{shard} {key!r}", files, self.side.get(key, [{}])
+            except Exception as error:         # on damaged archives, tarfile raises many kinds
+                yield None if next(count) < start else (shard, str(error), None)
+
+    def groups(self, tar):
+        """(key, {kind: member}) of each image of an open archive."""
+        files = (member for member in tar if member.isreg())
+        for key, group in itertools.groupby(files, lambda member: key_and_kind(member.name)[0]):
+            members = {key_and_kind(member.name)[1]: member for member in group}
+            if not members.keys().isdisjoint(IMAGES) and (not self.side or key in self.side):
+                yield key, members
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):    # tarfile takes a damaged header for the end
+            raise tarfile.ReadError("unexpected end of data")
+
+    def open(self, rng, name, files, more):
+        if isinstance(files, str):
+            raise ValueError(files)
+        row = parse_json(files.get("json", b"{}"))
+        caption = files.get("txt", b"").decode(errors="replace")
+        edits = read_edits({"text": caption} | row, more, self.needed)
+        kind = next(kind for kind in IMAGES if kind in files)
+        image = load_image(f"its .{kind}", files[kind])
+        return rng.choice(edits), [without_border(image, row)]
+
+
+def without_border(image, row):
+    """Cuts off the white with which img2dataset makes images square (its default), because the
+    reconstruction would learn it.  row: the .json of the sample, which has the original shape."""
+    width, height = row.get("original_width"), row.get("original_height")
+    known = all(isinstance(length, int) and length > 0 for length in (width, height))
+    side = image.shape[1]
+    if not known or width == height or side != image.shape[2]:
+        return image
+    if width < height:
+        turned = {"original_width": height, "original_height": width}
+        return without_border(image.transpose(1, 2), turned).transpose(1, 2)
+    border = side * (1 - height / width) / 2                      # at the top and at the bottom
+    rows = [*range(int(border / 2)), *range(side - int(border / 2), side)]
+    if border >= 2 and image[:, rows].mean() <= 0.8:              # it was cropped, not padded
+        return image
+    cut = min(int(border) + 2, (side - 1) // 2)
+    return image[:, cut:side - cut]
