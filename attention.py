@@ -15,10 +15,8 @@ class Attention(nn.Module):
     x: (B, N, query_dim); context: (B, L, context_dim), or None for self-attention
     Returns the output (B, N, query_dim) and, with `capture`, the probabilities (B, heads, N, L) in
     float32, otherwise None.  `bias` is that of q, k and v.
-
     control: None, or a function (probabilities, is_text) -> the probabilities that are used
-        instead; is_text is False for self-attention.  Only Prompt-to-Prompt sets it.
-    """
+        instead; is_text is False for self-attention.  Only Prompt-to-Prompt sets it."""
 
     def __init__(self, query_dim, context_dim, heads, bias=False):
         super().__init__()
@@ -33,8 +31,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None, capture=False):
         is_text = context is not None
-        if context is None:
-            context = x
+        context = context if is_text else x
         q = self.split_heads(self.to_q(x))                            # (B, heads, N, d)
         k = self.split_heads(self.to_k(context))                      # (B, heads, L, d)
         v = self.split_heads(self.to_v(context))                      # (B, heads, L, d)
@@ -55,7 +52,6 @@ class GEGLU(nn.Module):
     """A linear layer; its first half is gated by the exact GELU of the second (arXiv 2002.05202).
 
     x (B, N, dim) -> (B, N, inner_dim)"""
-
     def __init__(self, dim, inner_dim):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner_dim)
@@ -67,7 +63,6 @@ class GEGLU(nn.Module):
 
 class FeedForward(nn.Module):
     """Two layers with a gate, four times as wide inside.  x (B, N, dim) -> (B, N, dim)"""
-
     def __init__(self, dim):
         super().__init__()
         # The published files call the last layer net.2, because a dropout once was net.1.
@@ -81,7 +76,6 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward, each with a residual.
 
     x (B, N, dim), context (B, L, context_dim) -> x, and the cross-attention's probabilities"""
-
     def __init__(self, dim, context_dim, heads):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))

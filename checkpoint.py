@@ -13,60 +13,45 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from cli import replace_file
+from cli import peak_memory, replace_file
+from pictures import curves, save_png
 from unet import SD15, UNet, inflate_conv_in
 from vae import SD15_VAE, VAE
 
-PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
-         "text_encoder": "model"}
+NETWORK = "diffusion_pytorch_model"       # the name of the weights of a UNet or VAE
 VARIANTS = "", ".fp16"                    # the second one is for repositories without the first
 
-# What a model may recommend for its edits, in edit_defaults.json.
-DEFAULTS = {"steps": int, "text_guidance": float, "image_guidance": float, "resolution": int}
-
-# Keys that a config.json may have, but only with these values: others mean another architecture.
+# Values of a config.json that unet.py and vae.py are written for.  Keys that are not here, nor in
+# SD15 or SD15_VAE, nor in FREE, must be null, false or 0: they are parts that we do not have.
 FIXED_UNET = {
     "act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
-    "mid_block_only_cross_attention": None, "center_input_sample": False, "downsample_padding": 1,
-    "conv_in_kernel": 3, "conv_out_kernel": 3, "dropout": 0, "resnet_out_scale_factor": 1,
-    "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "flip_sin_to_cos": True,
-    "freq_shift": 0, "time_embedding_type": "positional", "time_embedding_dim": None,
-    "time_embedding_act_fn": None, "timestep_post_act": None, "time_cond_proj_dim": None,
-    "class_embed_type": None, "num_class_embeds": None, "class_embeddings_concat": False,
-    "projection_class_embeddings_input_dim": None, "addition_embed_type": None,
-    "addition_time_embed_dim": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
-    "transformer_layers_per_block": 1, "reverse_transformer_layers_per_block": None,
-    "num_attention_heads": None, "attention_type": "default", "only_cross_attention": False,
-    "dual_cross_attention": False, "cross_attention_norm": None, "upcast_attention": False,
-    "use_linear_projection": False,
-}
-FIXED_VAE = {
-    "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
-    "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None,
-}
-FIXED_SCHEDULER = {
-    "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "trained_betas": None,
-    "rescale_betas_zero_snr": False, "num_train_timesteps": 1000,
-}
-UNET_BLOCKS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-               "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-VAE_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    "downsample_padding": 1, "conv_in_kernel": 3, "conv_out_kernel": 3, "flip_sin_to_cos": True,
+    "resnet_out_scale_factor": 1, "resnet_time_scale_shift": "default", "attention_type": "default",
+    "time_embedding_type": "positional", "transformer_layers_per_block": 1}
+FIXED_VAE = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
+             "use_post_quant_conv": True}
+FIXED_SCHEDULER = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon",
+                   "num_train_timesteps": 1000, "trained_betas": None,
+                   "rescale_betas_zero_snr": False}
+FREE = ("sample_size", "force_upcast", "addition_embed_type_num_heads", "down_block_types",
+        "up_block_types")
+# What a model may recommend for its edits, in edit_defaults.json.
+DEFAULTS = {"steps": int, "text_guidance": float, "image_guidance": float, "resolution": int}
 MODEL_INDEX = {
     "_class_name": "StableDiffusionInstructPix2PixPipeline",
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"], "scheduler": ["diffusers", "DDIMScheduler"],
     "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None],
     "feature_extractor": [None, None], "image_encoder": [None, None],
-    "requires_safety_checker": False,
-}
+    "requires_safety_checker": False}
 
 
 @contextmanager
 def about(what):
     """An error inside becomes a ValueError of one line, which begins with what it is about.
-
     transformers, tokenizers and safetensors raise many kinds of errors on damaged files."""
     try:
         yield
@@ -81,37 +66,30 @@ def find_model(path_or_id):
 
     The path itself and "unet"; for the directory of a UNet inside of a model, that model and its
     name; for an id of the hub, where its files are, which are downloaded once."""
-    path = Path(path_or_id)
+    path, name = Path(path_or_id), str(path_or_id)
     if path.is_dir():
         is_unet = (path / "config.json").is_file() and (path.parent / "vae").is_dir()
         return (path.parent, path.name) if is_unet else (path, "unet")
-    is_id = str(path_or_id).count("/") == 1 and not str(path_or_id).startswith((".", "/"))
-    if path.exists() or not is_id:
-        raise ValueError(f"{path_or_id} is neither a model directory nor a hub id like "
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise ValueError(f"{name} is neither a model directory nor a hub id like "
                          "timbrooks/instruct-pix2pix")
-    with about(f"{path_or_id} is no local directory, and the hub did not give it"):
-        return download(str(path_or_id)), "unet"
-
-
-def download(name):
-    """The directory with the files of a model of the hub; only those that we read."""
     texts = ["tokenizer/*.json", "tokenizer/*.txt", "scheduler/*.json", "*/config.json",
              "edit_defaults.json"]
-    for variant in VARIANTS:
-        ends = (f"{variant}.safetensors", f".safetensors.index{variant}.json",
-                f"{variant}-*.safetensors")
-        weights = [f"{part}/{stem}{end}" for part, stem in PARTS.items() for end in ends]
-        path = Path(snapshot_download(name, allow_patterns=texts + weights))
-        if list(path.glob("unet/*.safetensors")):
-            break
-    return path
+    with about(f"{name} is no local directory, and the hub did not give it"):
+        for variant in VARIANTS:
+            weights = [f"{part}{variant}{end}" for end in (".safetensors", "-*.safetensors")
+                       for part in (f"unet/{NETWORK}", f"vae/{NETWORK}", "text_encoder/model")]
+            indices = [f"*/*.safetensors.index{variant}.json"]
+            path = Path(snapshot_download(name, allow_patterns=texts + weights + indices))
+            if list(path.glob("unet/*.safetensors")):
+                break
+    return path, "unet"
 
 
 def read_json(path):
     """The JSON object in a file of a model, as a dict."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {path.parent} is not a complete model in the hub's "
-                         "layout")
+        raise ValueError(f"{path} is missing: {path.parent} is no complete model")
     with about(f"{path} is not valid JSON"):
         content = json.loads(path.read_text())
     if not isinstance(content, dict):
@@ -141,50 +119,47 @@ def weight_files(folder, stem):
 
 # ---- check ------------------------------------------------------------------------------------
 
-def check_fixed(config, fixed):
-    for key, value in fixed.items():
-        if (config.get(key, value) or None) != (value or None):   # null, false, 0 mean "without"
-            raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
-
-
 def check_network(config, defaults, fixed, blocks):
     """ValueError, which names the key, for a config.json that unet.py or vae.py cannot build."""
-    check_fixed(config, fixed)
-    full = {**defaults, **config}
-    levels = len(full["block_out_channels"])
-    for key, default in defaults.items():
-        several = key == "attention_head_dim" and isinstance(full[key], list)
-        if type(default) is int and type(full[key]) is not int and not several:
+    full = defaults | config
+    channels, heads = full["block_out_channels"], full.get("attention_head_dim", 1)
+    for key, value in config.items():
+        known = key in defaults or key in FREE or key.startswith("_")
+        if not known and (value or None) != fixed.get(key):       # null, false, 0 are "without"
+            raise ValueError(f"{key} = {value!r} is not supported, only {fixed.get(key)!r}")
+    for key, value in defaults.items():
+        if type(value) is int and key != "attention_head_dim" and type(full[key]) is not int:
             raise ValueError(f"{key} = {full[key]!r} is not supported, only a whole number")
     for key, supported in blocks.items():
-        kinds = full.get(key, [supported[0]] * levels)
-        if len(kinds) != levels or not set(kinds) <= set(supported):
-            raise ValueError(f"{key} = {kinds!r} is not supported, only {levels} (as many as "
-                             f"block_out_channels) of {', '.join(supported)}")
-    if "attention_head_dim" in full:
-        heads = full["attention_head_dim"]
-        several = heads if isinstance(heads, list) else [heads] * levels
-        if len(several) != levels or any(type(h) is not int or h < 1 for h in several):
-            raise ValueError(f"attention_head_dim = {heads!r} is not supported, only one or "
-                             f"{levels} whole numbers")
-        for width, h in zip(full["block_out_channels"], several):
-            if width % h:
-                raise ValueError(f"{width} channels do not divide into {h} heads")
+        kinds = full.get(key, [supported[0]] * len(channels))
+        if len(kinds) != len(channels) or not set(kinds) <= set(supported):
+            raise ValueError(f"{key} = {kinds!r} is not supported, only {len(channels)} (as many "
+                             f"as block_out_channels) of {', '.join(supported)}")
+    heads = heads if isinstance(heads, list) else [heads] * len(channels)
+    for width, h in zip(channels, heads, strict=True):
+        if type(h) is not int or h < 1 or width % h:
+            raise ValueError(f"attention_head_dim: {width} channels do not divide into {h!r} heads")
 
 
-def check_scheduler(config):
-    check_fixed(config, FIXED_SCHEDULER)
-    for key, kind in {"beta_start": float, "beta_end": float, "steps_offset": int}.items():
-        if type(config.get(key, 0)) not in (int, kind):
+def check_numbers(config, kinds):
+    for key, kind in kinds.items():
+        if key in config and type(config[key]) not in (int, kind):
             what = "whole number" if kind is int else "number"
             raise ValueError(f"{key} = {config[key]!r} is no {what}")
 
 
-def check_defaults(defaults):
-    for name, value in defaults.items():
-        if name not in DEFAULTS or type(value) not in (int, DEFAULTS[name]):
-            raise ValueError(f"{name} = {value!r}: a model may recommend {', '.join(DEFAULTS)}, as "
-                             "numbers, the first and the last whole")
+def check_scheduler(config):
+    for key, value in FIXED_SCHEDULER.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
+    check_numbers(config, {"beta_start": float, "beta_end": float, "steps_offset": int})
+
+
+def check_defaults(config):
+    check_numbers(config, DEFAULTS)
+    if config.keys() - DEFAULTS.keys():
+        raise ValueError(f"{min(config.keys() - DEFAULTS.keys())}: a model may recommend "
+                         f"{', '.join(DEFAULTS)}")
 
 
 # ---- load -------------------------------------------------------------------------------------
@@ -194,19 +169,16 @@ def load(path_or_id, device, dtype):
     path, unet_name = find_model(path_or_id)
     unet, vae = load_unet(path / unet_name), load_vae(path / "vae")
     text_encoder, tokenizer = load_text(path, dtype)
-    width = unet.config["cross_attention_dim"]
-    if text_encoder.config.hidden_size != width:
-        raise ValueError(f"{path}: the text encoder's width is {text_encoder.config.hidden_size}, "
-                         f"but the UNet takes {width}")
+    width, wanted = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
+    if width != wanted:
+        raise ValueError(f"{path}: the text encoder's width is {width}, the UNet takes {wanted}")
     scheduler = read_json(path / "scheduler/scheduler_config.json")
     with about(path / "scheduler/scheduler_config.json"):
         check_scheduler(scheduler)
-    file, defaults = path / "edit_defaults.json", {}
-    if file.is_file():
-        defaults = read_json(file)
-        with about(file):
-            check_defaults(defaults)
-
+    file = path / "edit_defaults.json"
+    defaults = read_json(file) if file.is_file() else {}
+    with about(file):
+        check_defaults(defaults)
     for module in (unet, vae, text_encoder):
         module.to(device, dtype).requires_grad_(False).eval()
     for module in (unet, vae):
@@ -217,7 +189,9 @@ def load(path_or_id, device, dtype):
 def load_unet(folder):
     config, state = load_state(folder)
     with about(folder / "config.json"):
-        check_network(config, SD15, FIXED_UNET, UNET_BLOCKS)
+        check_network(config, SD15, FIXED_UNET, {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")})
         config, state = inflate_conv_in(config, state)
     return fill(UNet, folder, config, state)
 
@@ -225,14 +199,22 @@ def load_unet(folder):
 def load_vae(folder):
     config, state = load_state(folder)
     with about(folder / "config.json"):
-        check_network(config, SD15_VAE, FIXED_VAE, VAE_BLOCKS)
-    return fill(VAE, folder, config, modern_names(state))
+        check_network(config, SD15_VAE, FIXED_VAE, {
+            "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)})
+    # Old files have other names for the attention's weights, some as 1x1 convolutions (C, C, 1, 1).
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    for key in [key for key in state if ".attentions." in key]:
+        module, name, kind = key.rsplit(".", 2)                   # kind: weight or bias
+        tensor = state.pop(key)
+        tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor
+        state[f"{module}.{names.get(name, name)}.{kind}"] = tensor
+    return fill(VAE, folder, config, state)
 
 
 def load_state(folder):
     """config.json and the state dict of a network's folder."""
     state, config = {}, read_json(folder / "config.json")
-    for file in weight_files(folder, "diffusion_pytorch_model")[0]:
+    for file in weight_files(folder, NETWORK)[0]:
         with about(f"{file} cannot be read"):
             state |= load_file(file)
     return config, state
@@ -247,36 +229,26 @@ def fill(network, folder, config, state):
     return module
 
 
-def modern_names(state):
-    """A VAE's state dict; the old names of its attention, query, key, value and proj_attn, become
-    today's, and 1x1 convolutions (C, C, 1, 1), which some files have there, matrices (C, C)."""
-    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    modern = {}
-    for key, tensor in state.items():
-        if ".attentions." in key:
-            module, name, kind = key.rsplit(".", 2)               # kind: weight or bias
-            key = f"{module}.{names.get(name, name)}.{kind}"
-            tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor
-        modern[key] = tensor
-    return modern
-
-
 def load_text(path, dtype):
     """The text encoder and the tokenizer of a model."""
     folder = path / "text_encoder"
     _, variant = weight_files(folder, "model")
     read_json(folder / "config.json")
-    if not any((path / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise ValueError(f"{path / 'tokenizer'} has no vocab.json: {path} is not a complete model "
-                         "in the hub's layout")
     with about(f"{folder}: the weights of the text encoder do not fit its config.json"):
         text_encoder, report = CLIPTextModel.from_pretrained(
             folder, variant=variant.removeprefix(".") or None, use_safetensors=True, dtype=dtype,
             output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"{folder} lacks weights: {min(report['missing_keys'])}")
-    with about(f"{path / 'tokenizer'} is damaged"):
-        return text_encoder, CLIPTokenizer.from_pretrained(path / "tokenizer")
+    return text_encoder, load_tokenizer(path / "tokenizer")
+
+
+def load_tokenizer(path_or_id):
+    with about(f"{path_or_id}: the tokenizer is missing or damaged"):
+        tokenizer = CLIPTokenizer.from_pretrained(path_or_id)
+        if len(tokenizer) <= 2:                 # transformers makes an empty one without its files
+            raise ValueError("vocab.json has no words")
+    return tokenizer
 
 
 def load_clip(path_or_id, device):
@@ -284,12 +256,9 @@ def load_clip(path_or_id, device):
     with about(f"{path_or_id} is no whole CLIP"):
         clip, report = CLIPModel.from_pretrained(
             path_or_id, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-        tokenizer = CLIPTokenizer.from_pretrained(path_or_id)
     if report["missing_keys"]:
         raise ValueError(f"{path_or_id} lacks weights: {min(report['missing_keys'])}")
-    if len(tokenizer) <= 2:                     # transformers makes an empty one without its files
-        raise ValueError(f"{path_or_id} has no tokenizer")
-    return clip.to(device), tokenizer
+    return clip.to(device), load_tokenizer(path_or_id)
 
 
 # ---- save -------------------------------------------------------------------------------------
@@ -300,14 +269,14 @@ def save(model, path):
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path) as temporary:
         new = Path(temporary)
+        save_network(model.unet, new / "unet")
+        save_network(model.vae, new / "vae")
         model.text_encoder.config.save_pretrained(new / "text_encoder")
         state = model.text_encoder.state_dict()
         state = {f"text_model.{name}": weight for name, weight in state.items()}  # all read these
         save_weights(state, new / "text_encoder/model.safetensors")
         model.tokenizer.save_pretrained(new / "tokenizer")
         model.tokenizer.backend_tokenizer.model.save(str(new / "tokenizer"))      # vocab.json
-        save_network(model.unet, new / "unet")
-        save_network(model.vae, new / "vae")
         write_json(model.scheduler, new / "scheduler/scheduler_config.json")
         write_json(MODEL_INDEX, new / "model_index.json")
         if model.defaults:
@@ -319,10 +288,10 @@ def save(model, path):
 
 
 def save_network(module, folder):
-    """A UNet or VAE under the names that other libraries read."""
+    """A UNet or VAE, under the names that other libraries read."""
     class_name = "UNet2DConditionModel" if isinstance(module, UNet) else "AutoencoderKL"
     write_json({"_class_name": class_name} | module.config, folder / "config.json")
-    save_weights(module.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    save_weights(module.state_dict(), folder / f"{NETWORK}.safetensors")
 
 
 def save_weights(state, file):
@@ -344,6 +313,23 @@ def save_run(folder, settings, parts, run):
     replace_file(folder / "state.pt", lambda file: torch.save(state, file))
 
 
+def save_log(args, run):
+    """Adds a row to log.csv and curves.png: the means of run.losses since the last row."""
+    images = run.step * args.batch_size * args.accumulate * args.processes
+    row = {"step": run.step, "images": images}
+    for name, losses in run.losses.items():
+        row[name] = round(torch.stack(losses).mean().item(), 4)
+    run.rows, run.losses = run.rows + [row], {}
+    text = ", ".join(f"{name} {value}" for name, value in row.items())
+    tqdm.write(f"{text}, {peak_memory(args.device):.1f} GiB")
+    names = list(dict.fromkeys(name for row in run.rows for name in row))
+    lines = [names] + [[row.get(name, "") for name in names] for row in run.rows]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    replace_file(args.output / "log.csv", lambda file: file.write_text(text))
+    points = {n: [(row["step"], row[n]) for row in run.rows if n in row] for n in names[2:]}
+    save_png(curves(points), args.output / "curves.png")
+
+
 def load_run(folder, settings, parts):
     """What `save_run` has written: the parts get their state, its numbers are returned, {} for a
     new run.  ValueError for a damaged file, or a run that was begun with other settings."""
@@ -355,8 +341,9 @@ def load_run(folder, settings, parts):
     for name, value in settings.items():
         old = state["settings"].get(name)
         if old != value:
-            raise ValueError(f"{folder} holds a run with another --{name.replace('_', '-')}, {old}: "
-                             "choose another --output, or remove it")
+            flag = name.replace("_", "-")
+            raise ValueError(f"{folder} holds a run with another --{flag}, {old}: choose another "
+                             "--output, or remove it")
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     return state["run"]

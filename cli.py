@@ -1,6 +1,5 @@
-"""What the commands share: one-line errors, kinds of numbers, files that are whole or not there."""
+"""What the commands share: errors of one line, kinds of numbers, the machine, whole files."""
 import argparse
-import json
 import math
 import os
 import resource
@@ -18,16 +17,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, `COMMAND: error: ...`, with exit status 2."""
-
     def error(self, message):
-        command = self.prog.split()[0]            # without the name of a subcommand
-        self.exit(2, f"{command}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog.split()[0]}: error: {' '.join(message.split())}\n")
 
 
 @contextmanager
 def errors(parser, args, advice="choose a smaller --batch-size"):
     """What is wrong with files or values ends the command in one line; advice: if memory ends."""
-    logging.set_verbosity_error()                 # the commands say themselves what they load
+    logging.set_verbosity_error()                     # the commands say themselves what they load
     logging.disable_progress_bar()
     try:
         yield
@@ -37,11 +34,22 @@ def errors(parser, args, advice="choose a smaller --batch-size"):
         parser.error(str(error))
 
 
-# ---- kinds of numbers -------------------------------------------------------------------------
+def replace_file(path, write):
+    """Lets write(temporary path) make a file, and gives it its name only when it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except RuntimeError as error:                     # torch.save's, on a full disk
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- argparse types ---------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf):
-    """The argparse type of a finite int or float from low to high."""
-    name = "a whole number" if kind is int else "a number"
+    """The type of a finite int or float from low to high."""
     bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
 
     def parse(text):
@@ -50,30 +58,24 @@ def number(kind, low, high=math.inf):
         except ValueError:
             value = math.nan
         if not low <= value <= high or value == math.inf:
+            name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
         return value
     return parse
 
 
-positive_int = number(int, 1)
+positive_int, seed_int = number(int, 1), number(int, 0, 2 ** 63 - 1)
 non_negative_float = number(float, 0)
-seed_int = number(int, 0, 2 ** 63 - 1)
 
 
 def named_float(text):
-    """The argparse type of NAME=VALUE, a pair of a name and a float of at least 0."""
+    """The type of NAME=VALUE, a pair of a name and a float of at least 0."""
     name, _, value = text.rpartition("=")
     return name, non_negative_float(value)
 
 
-# ---- the machine ------------------------------------------------------------------------------
-
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def device(text):
-    """The argparse type of a torch device that works here."""
+    """The type of a torch device that works here."""
     try:
         torch.ones(1, device=text).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -82,11 +84,31 @@ def device(text):
     return text
 
 
+# ---- the machine ------------------------------------------------------------------------------
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def default_precision(where):
     """bf16 only where the GPU computes it: on others (T4, V100, RTX 20xx) torch emulates it."""
     if not where.startswith("cuda"):
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def autocast(args):
+    """Forward passes on --device in --precision."""
+    kind, dtype = torch.device(args.device).type, DTYPES[args.precision]
+    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+
+
+def peak_memory(where):
+    """GiB at the peak so far: of torch on a GPU, of the whole process on a CPU."""
+    if where.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(where) / 2 ** 30
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def start_processes():
@@ -110,40 +132,16 @@ def mean_of_processes(tensors):
             tensor /= dist.get_world_size()
 
 
-def peak_memory(where):
-    """GiB at the peak so far: of torch on a GPU, of the whole process on a CPU."""
-    if where.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(where) / 2 ** 30
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-# ---- files ------------------------------------------------------------------------------------
-
-def replace_file(path, write):
-    """Lets write(temporary path) make a file, and gives it its name only when it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):       # torch.save's, on a full disk
-            problem = str(error).splitlines()[0]
-            raise OSError(f"{path} cannot be written: {problem}") from None
-        raise
-
-
 def keep_settings(folder, settings, results):
-    """Writes a folder's settings.json.  ValueError if there are `results` in it, a glob pattern,
+    """Writes a folder's settings.__import__("json").  ValueError if there are `results` in it, a glob pattern,
     that were made with other settings."""
     file = folder / "settings.json"
     old = settings
     if file.is_file() and any(folder.glob(results)):
-        old = json.loads(file.read_text())
+        old = __import__("json").loads(file.read_text())
     changed = [name for name in settings if old.get(name) != settings[name]]
     if changed:
         raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose "
                          "another --output, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=1)))
+    replace_file(file, lambda path: path.write_text(__import__("json").dumps(settings, indent=1)))

@@ -14,7 +14,7 @@ import json
 import random
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,8 @@ from tqdm import tqdm
 import toy
 from pictures import load_image
 
-NAMES = {"key": ("key",), "image": ("I_input", "file_name", "image"), "edited_image": ("edited_image",),
+NAMES = {"key": ("key",), "image": ("I_input", "file_name", "image"),
+         "edited_image": ("edited_image",),
          "caption": ("T_input", "original_prompt", "input", "text", "caption"),
          "instruction": ("C_f", "edit_prompt", "edit", "instruction"),
          "edited_caption": ("T_edit", "edited_prompt", "output", "edited_caption"),
@@ -45,8 +46,7 @@ class Batch:
 
     def to(self, device):
         edited = None if self.edited_images is None else self.edited_images.to(device)
-        return Batch(self.images.to(device), self.captions, self.instructions, self.edited_captions,
-                     self.reverse_instructions, edited)
+        return replace(self, images=self.images.to(device), edited_images=edited)
 
 
 # ---- texts ------------------------------------------------------------------------------------
@@ -77,17 +77,15 @@ def read_edits(row, more, needed):
     if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
         raise ValueError("its edits are no list of JSON objects")
     edits = [fields(row) | fields(edit) | other for edit in edits for other in more]
-    missing = [name for name in needed if any(name not in edit for edit in edits)]
-    if missing:
-        raise ValueError(f"no text for {', '.join(missing)}")
+    for name in needed:
+        if any(name not in edit for edit in edits):
+            raise ValueError(f"no text for {name}")
     return edits
 
 
 def read_lines(path, read):
-    """[(name of the line, read(its JSON object)), ...] of a JSONL file.
-
-    A line for which `read` raises ValueError is reported and skipped; more than 1 % of such lines
-    are a ValueError, which names the first."""
+    """[(name of the line, read(its JSON object)), ...] of a JSONL file.  A line for which this is a
+    ValueError is reported and skipped; more than 1 % are a ValueError, which names the first."""
     items, errors, count = [], [], 0
     with open(path, "rb") as file:
         for count, line in enumerate(file, 1):
@@ -109,17 +107,15 @@ def read_lines(path, read):
 class Source(torch.utils.data.Dataset):
     """Samples for the cycle, or with `pairs` for the supervised baseline.
 
-    items: where they are, tuples of a name and more.  A subclass has open(rng, *item) -> one of
-    the edits of the item, and its images, each (3, H, W) in [-1, 1]; ValueError or OSError if the
-    item is broken."""
-
+    items: where they are, tuples of a name and more.  A subclass has open(rng, *item) -> one edit
+    of the item and its images, each (3, H, W) in [-1, 1]; ValueError or OSError if it is broken."""
     def __init__(self, items, resolution, seed, pairs):
         self.items, self.resolution, self.seed, self.pairs = items, resolution, seed, pairs
         self.needed = ("instruction",) if pairs else TEXTS
 
     def order(self, seed, first, share=slice(None)):
-        """Endless (epoch, item) from position `first` of a share (a slice) on.  The order is a
-        function of the seed and the epoch alone."""
+        """Endless (epoch, item) from position `first` of a share, a slice, on: a function of the
+        seed and the epoch alone."""
         n = len(self.items)
         epoch, first = divmod(first, len(shuffled(n, seed, 0, share)))
         for epoch in itertools.count(epoch):
@@ -128,8 +124,8 @@ class Source(torch.utils.data.Dataset):
             first = 0
 
     def load(self, epoch, item):
-        """(1 or 2, 3, H, W), the image and with `pairs` the edited one, cut out anew in every
-        epoch; and the four TEXTS."""
+        """The image and with `pairs` the edited one (1 or 2, 3, H, W), cut out anew in every epoch,
+        and the four TEXTS."""
         rng = random.Random(f"{self.seed} {epoch} {item[0]}")
         edit, images = self.open(rng, *item)
         if len({image.shape for image in images}) > 1:
@@ -171,14 +167,11 @@ def crop(images, resolution, may_flip, rng):
     images = images[:, :, top:top + side, left:left + side]
     size = (resolution, resolution)
     images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
-    if may_flip and rng.random() < 0.5:
-        images = images.flip(-1)
-    return images
+    return images.flip(-1) if may_flip and rng.random() < 0.5 else images
 
 
 class ToyWorld(Source):
     """Edits of the toy world, rendered when they are asked for; with `pairs`, entangled pairs."""
-
     def __init__(self, split, size, seed=0, pairs=False):
         super().__init__(range(size), toy.SIZE, seed, pairs)
         self.split = split
@@ -188,20 +181,18 @@ class ToyWorld(Source):
         scenes = [edit.scene]
         if self.pairs:
             scenes.append(toy.entangled(edit, random.Random(f"{self.seed} {index}")))
-        return toy.render(scenes), [edit.scene.caption, edit.instruction, edit.edited.caption,
-                                    edit.reverse_instruction]
+        texts = edit.scene.caption, edit.instruction, edit.edited.caption, edit.reverse_instruction
+        return toy.render(scenes), texts
 
 
 class Folder(Source):
     """A folder of images with metadata.jsonl.  side: more texts, {key: edits}, see shards.py."""
-
     def __init__(self, path, resolution, seed=0, pairs=False, side={}):
         super().__init__([], resolution, seed, pairs)
         self.path, listing = Path(path), Path(path) / "metadata.jsonl"
         self.images = ("image", "edited_image") if pairs else ("image",)
         if not listing.is_file():
-            raise ValueError(f"{listing} is missing: a data folder holds images and metadata.jsonl,"
-                             " one image a line")
+            raise ValueError(f"{listing} is missing: it says what is in the images of a folder")
 
         def read(row):
             more = side.get(fields(row).get("key"), [{}])
@@ -216,11 +207,9 @@ class Folder(Source):
 # ---- batches ----------------------------------------------------------------------------------
 
 def batches(source, batch_size, seed, first=0, workers=0, share=slice(None)):
-    """Endless batches from batch number `first` on, so that a run that starts again sees what it
-    would have seen.  share: the samples or shards of one of several processes.
-
-    A broken sample is reported and skipped; more than 1 % of them, if more than ten, are a
-    ValueError."""
+    """Endless batches from number `first` on: a run that starts again sees what it would have seen.
+    share: a slice, the samples or shards of one of several processes.  A broken sample is reported
+    and skipped; more than 1 % of them, if more than ten, are a ValueError."""
     order = source.order(seed, first * batch_size, share)
     references = iter(lambda: list(itertools.islice(order, batch_size)), [])
     loader = torch.utils.data.DataLoader(source, batch_sampler=references, collate_fn=tuple,

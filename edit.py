@@ -11,10 +11,11 @@
 An image is resized for the edit, not cropped, and the result is as large as the input.  A model
 may recommend steps, guidance scales and a resolution (edit_defaults.json); flags overrule them.
 """
-import argparse
 import sys
 import tempfile
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -25,42 +26,38 @@ from losses import edit_region
 from pictures import figure3, from_pil, load_image, save_png, to_pil
 from uip2p import EditModel
 
-HERE = Path(__file__).resolve().parent
+TOY = Path(__file__).resolve().parent / "models/toy"
 DEMO, DEMO_SCENES = Path("outputs/demo.png"), 8
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 LONGEST = 4096                                 # pixels of a side while an image is edited
 PIXELS = 8 * 512 ** 2                          # that are edited at once
-SETTINGS = {"steps": 50, "cfg_text": 7.5, "cfg_image": 1.5, "resolution": 512}   # if none are given
 
 
 def parser():
-    p = Parser("edit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", help="an image, or a folder of images")
-    p.add_argument("--edit", action="append", default=[],
-                   help="the instruction; several are applied in turn")
-    p.add_argument("--reverse", action="append", default=[],
-                   help="an instruction that undoes --edit; draws figure 3 as OUTPUT-cycle.png")
-    p.add_argument("--output", help="a .png file, or a folder if the input is one")
-    p.add_argument("--model", default=HERE / "models/toy", help="directory or hub id (%(default)s)")
-    p.add_argument("--steps", type=number(int, 1, 999),
-                   help="denoising steps (the model's, otherwise 50)")
-    p.add_argument("--cfg-text", type=non_negative_float,
-                   help="guidance scale s_T of the text (the model's, otherwise 7.5)")
-    p.add_argument("--cfg-image", type=non_negative_float,
-                   help="guidance scale s_I of the image (the model's, otherwise 1.5)")
-    p.add_argument("--resolution", type=number(int, 16, 2048),
-                   help="of the shorter side during the edit (the model's, otherwise 512)")
-    p.add_argument("--seed", type=seed_int, default=0,
-                   help="of the noise, the same for every image and turn (%(default)s)")
-    p.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
-    p.add_argument("--precision", choices=DTYPES, help="(fp16 on CUDA, otherwise fp32)")
+    p = Parser("edit.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+
+    def add(flag, text, **kind):
+        p.add_argument(flag, help=text, **kind)
+    add("--input", "an image, or a folder of images")
+    add("--edit", "the instruction; several are applied in turn", action="append", default=[])
+    add("--reverse", "undoes --edit, and draws OUTPUT-cycle.png", action="append", default=[])
+    add("--output", "a .png file, or a folder if the input is one")
+    add("--model", "directory or hub id (%(default)s)", default=TOY)
+    add("--steps", "of denoising (the model's, otherwise 50)", type=number(int, 1, 999))
+    add("--cfg-text", "guidance scale s_T (the model's, otherwise 7.5)", type=non_negative_float)
+    add("--cfg-image", "guidance scale s_I (the model's, otherwise 1.5)", type=non_negative_float)
+    add("--resolution", "of the shorter side during the edit (the model's, otherwise 512)",
+        type=number(int, 16, 2048))
+    add("--seed", "of the noise, for every image and turn (%(default)s)", type=seed_int, default=0)
+    add("--device", "(%(default)s)", type=device, default=default_device())
+    add("--precision", "(fp16 on CUDA, otherwise fp32)", choices=DTYPES)
     return p
 
 
 # ---- what is edited ---------------------------------------------------------------------------
 
 def check_files(args):
-    """Finds before any work what is wrong: [(input, output, size of the input)]; [] for the demo."""
+    """Finds what is wrong before any work: [(input, output, size of input)]; [] for the demo."""
     if not (args.input or args.output or args.edit or args.reverse):
         DEMO.parent.mkdir(exist_ok=True)
         check_writable(DEMO.parent)
@@ -82,32 +79,24 @@ def check_files(args):
         outputs = [target / f"{f.stem}.png" for f in inputs]
         if not inputs:
             raise ValueError(f"--input {source} holds no image ({' '.join(sorted(SUFFIXES))})")
-        if target.exists() and not target.is_dir():
+        if target.is_file():
             raise ValueError(f"--output {target} is a file, but --input is a folder")
-        check_writable(target if target.is_dir() else target.parent)
     else:
         inputs, outputs = [source], [target]
         if target.suffix.lower() != ".png":
             raise ValueError(f"--output {target}: give the name of a .png file, which has no loss")
-        check_writable(target.parent)
-    check_names(args, inputs, outputs)
-    sizes = [tuple(load_image(file).shape[1:]) for file in inputs]
-    return list(zip(inputs, outputs, sizes))
+    check_writable(target if target.is_dir() else target.parent)
 
-
-def check_names(args, inputs, outputs):
-    written = list(outputs)
-    if args.reverse:
-        written += [cycle_file(output) for output in outputs]
+    written = outputs + ([cycle_file(output) for output in outputs] if args.reverse else [])
     if len(set(written)) < len(written):
-        raise ValueError(f"--input {args.input}: two outputs would have one name; rename images "
-                         "that differ only in the suffix")
-    sources = {file.resolve() for file in inputs}
+        raise ValueError(f"--input {source}: two outputs would have one name; rename images that "
+                         "differ only in the suffix")
     for file in written:
-        if file.resolve() in sources:
+        if file.resolve() in {source.resolve() for source in inputs}:
             raise ValueError(f"--output would overwrite the input {file}; choose another name")
         if file.is_dir():
             raise ValueError(f"--output {file} is a folder; choose another name, or remove it")
+    return [(i, o, tuple(load_image(i).shape[1:])) for i, o in zip(inputs, outputs)]
 
 
 def check_writable(folder):
@@ -133,6 +122,14 @@ def warn_of_cut_texts(model, texts):
 
 # ---- editing ----------------------------------------------------------------------------------
 
+def recommended(model):
+    """The settings of an edit that a model recommends, otherwise the usual ones."""
+    return {"steps": model.defaults.get("steps", 50),
+            "cfg_text": float(model.guidance["text_guidance"]),
+            "cfg_image": float(model.guidance["image_guidance"]),
+            "resolution": model.defaults.get("resolution", 512)}
+
+
 def edit_size(model, name, size, resolution):
     """The size (H, W) of an image during the edit: the shorter side about `resolution`, both
     sides multiples of what the model halves, which is 64 in Stable Diffusion."""
@@ -156,43 +153,53 @@ def to_batch(model, images, size):
     return torch.cat([resize(image, size) for image in images]).to(model.device, model.dtype)
 
 
-def edit(model, images, instructions, size, args):
+def edit(model, images, instructions, size, args, progress=True):
     """Edits each image (3, H, W) at `size` and gives it back at its own size, rounded to the 256
     steps of a file.  Each starts from the noise that it would have alone."""
     latent = [model.vae.config["latent_channels"], *(side // model.vae.factor for side in size)]
     noise = torch.randn(1, *latent, generator=torch.Generator().manual_seed(args.seed))
+    noise = noise.expand(len(images), -1, -1, -1)
     edited = model.edit(to_batch(model, images, size), instructions, args.steps, args.cfg_text,
-                        args.cfg_image, noise.expand(len(images), -1, -1, -1), progress=True)
+                        args.cfg_image, noise, progress=progress)
     if not edited.isfinite().all():
-        raise ValueError(f"the model computes no numbers (NaN) in {args.precision}"
-                         + ("; try --precision fp32" if args.precision != "fp32" else ""))
+        raise ValueError("the model computes no numbers (NaN); in fp16, try --precision fp32")
     edited = [resize(e, image.shape[1:])[0] for e, image in zip(edited.float().cpu(), images)]
     return [from_pil(to_pil(image)) for image in edited]
 
 
-def round_trip(model, images, edited, forward, back, size, args):
+def round_trip(model, images, edited, forward, back, size, args, progress=True):
     """The rows of figure 3: [(input, edit, the edit undone, where each instruction acts), ...]"""
-    undone = edit(model, edited, back, size, args)
+    undone = edit(model, edited, back, size, args, progress)
     before, after = to_batch(model, images, size), to_batch(model, edited, size)
     A_f = edit_region(model, before, after, forward)
     A_r = edit_region(model, after, to_batch(model, undone, size), back)
     return list(zip(images, edited, undone, A_f, A_r))
 
 
-def draw_cycle(model, images, forward, back, args, true=None):
-    """Figure 3 for images (B, 3, H, W) and B instructions there and back."""
+def draw_cycle(model, images, forward, back, args=None, true=None):
+    """Figure 3 of images (B, 3, H, W) and B instructions there and back.  args: the settings of
+    the edits; None: what the model recommends, in at most 10 steps, and without a bar."""
+    progress = args is not None
+    args = args or SimpleNamespace(**recommended(model), seed=0)
+    args.steps = args.steps if progress else min(args.steps, 10)
     size = edit_size(model, "an image", images.shape[2:], min(images.shape[2:]))
-    edited = edit(model, images, forward, size, args)
-    rows = round_trip(model, images, edited, forward, back, size, args)
-    labels = [f"{f}; and back: {b}" for f, b in zip(forward, back)]
-    return figure3(*zip(*rows), labels, true)
+    images = list(images.cpu())
+    edited = edit(model, images, forward, size, args, progress)
+    rows = round_trip(model, images, edited, forward, back, size, args, progress)
+    return figure3(*zip(*rows), labels(forward, back), true)
 
+
+def labels(forward, back):
+    return [f"{f}; and back: {b}" for f, b in zip(forward, back)]
+
+
+# ---- the commands -----------------------------------------------------------------------------
 
 def demo(model, args, settings):
-    """Figure 3 for the first test scenes of the toy world, with the true edits."""
+    """Figure 3 of the first test scenes of the toy world, with the true edits."""
     samples = [toy.edit("test", i) for i in range(DEMO_SCENES)]
-    images, true = (toy.render(scenes) for scenes in
-                    zip(*[(sample.scene, sample.edited) for sample in samples]))
+    images = toy.render([sample.scene for sample in samples])
+    true = toy.render([sample.edited for sample in samples])
     forward = [sample.instruction for sample in samples]
     back = [sample.reverse_instruction for sample in samples]
     save_png(draw_cycle(model, images, forward, back, args, true), DEMO, settings)
@@ -215,7 +222,7 @@ def edit_files(model, jobs, args, settings):
 def edit_batch(model, files, size, args, settings):
     """Edits [(input, output)] by all instructions in turn, and writes the outputs."""
     images = [load_image(source) for source, _ in files]
-    turns = []                                 # the rows of figure 3 for all images, for each turn
+    turns = []                                 # for each turn, the rows of figure 3 of all images
     for turn, instruction in enumerate(args.edit):
         forward = [instruction] * len(files)
         edited = edit(model, images, forward, size, args)
@@ -223,14 +230,14 @@ def edit_batch(model, files, size, args, settings):
             back = [args.reverse[turn]] * len(files)
             turns.append(round_trip(model, images, edited, forward, back, size, args))
         images = edited
-    labels = [f"{forward}; and back: {back}" for forward, back in zip(args.edit, args.reverse)]
     for i, (_, output) in enumerate(files):
         output.parent.mkdir(exist_ok=True)
         save_png(images[i], output, settings)
         print(output)
         if args.reverse:
             rows = [turn[i] for turn in turns]
-            save_png(figure3(*zip(*rows), labels), cycle_file(output), settings)
+            figure = figure3(*zip(*rows), labels(args.edit, args.reverse))
+            save_png(figure, cycle_file(output), settings)
             print(cycle_file(output))
 
 
@@ -239,19 +246,15 @@ def main(argv=None):
     args = p.parse_args(argv)
     with errors(p, args, "choose a smaller --resolution"):
         jobs = check_files(args)
-        cuda = args.device.startswith("cuda")
-        args.precision = args.precision or ("fp16" if cuda else "fp32")
+        if args.precision is None:
+            args.precision = "fp16" if args.device.startswith("cuda") else "fp32"
         model = EditModel.from_pretrained(args.model, args.device, DTYPES[args.precision])
-        # flags come first, then what the model recommends, then the usual settings
-        recommended = {name.replace("_guidance", ""): value for name, value in model.defaults.items()}
-        for name, usual in SETTINGS.items():
+        for name, value in recommended(model).items():
             if getattr(args, name) is None:
-                value = recommended.get(name.removeprefix("cfg_"), usual)
-                setattr(args, name, type(usual)(value))
-        settings = {name: getattr(args, name) for name in
-                    ("model", "device", "precision", "seed", *SETTINGS)}
+                setattr(args, name, value)
+        names = "model device precision seed steps cfg_text cfg_image resolution".split()
+        settings = {name: getattr(args, name) for name in names}
         print(", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
-
         warn_of_cut_texts(model, args.edit + args.reverse)
         if jobs:
             edit_files(model, jobs, args, settings | {"edit": "\n".join(args.edit)})

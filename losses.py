@@ -1,10 +1,8 @@
 """The four losses of UIP2P and their weighted sum L_CEC, by the names that the paper gives them.
 
 E_x is the CLIP embedding of image or text x, A^(i) the attention map of layer i.  Images are
-(B, 3, H, W) in [-1, 1].  Every loss is a mean over the batch.
-
-To try a loss of your own: write a function, add one line to `cycle_losses` and one entry to
-WEIGHTS.  `train.py --weights NAME=VALUE` then sets its weight.
+(B, 3, H, W) in [-1, 1].  Every loss is a mean over the batch.  To try a loss of your own: write a
+function, add a line to `cycle_losses` and an entry to WEIGHTS; `train.py --weights` sets its weight.
 """
 import torch
 import torch.nn.functional as F
@@ -22,9 +20,8 @@ STOP_WORDS = set("a an the this that it its his her their and or of to in on at 
 # ---- the equations of the paper ---------------------------------------------------------------
 
 def clip_direction_loss(E_input, E_edit, E_caption, E_edited_caption):
-    """L_CLIP = 1 - cos(E_Iedit - E_Iinput, E_Tedit - E_Tinput)
-
-    The image changes in the direction in which its caption changes.  All E: (B, D)."""
+    """L_CLIP = 1 - cos(E_Iedit - E_Iinput, E_Tedit - E_Tinput): the image changes in the direction
+    in which its caption changes.  All E: (B, D)."""
     return (1 - cosine_similarity(E_edit - E_input, E_edited_caption - E_caption)).mean()
 
 
@@ -49,9 +46,8 @@ def attention_loss(forward_maps, reverse_maps):
 
 
 def reconstruction_loss(images, reconstructed, E_input, E_recon):
-    """L_recon = ||I_input - I_recon||_2 + 1 - cos(E_Iinput, E_Irecon)
-
-    The reverse edit brings back the pixels and the meaning of the input."""
+    """L_recon = ||I_input - I_recon||_2 + 1 - cos(E_Iinput, E_Irecon): the reverse edit brings back
+    the pixels and the meaning of the input."""
     return rms(images - reconstructed).mean() + (1 - cosine_similarity(E_input, E_recon)).mean()
 
 

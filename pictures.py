@@ -42,15 +42,13 @@ def load_image(path, data=None):
         with Image.open(path if data is None else io.BytesIO(data)) as file:
             picture = ImageOps.exif_transpose(file)               # decodes the whole image
         if picture.mode == "F":
-            raise ValueError("its floating-point values have no known range; save it with 8 or "
-                             "16 bits")
+            raise ValueError("floating-point values have no range; save it with 8 or 16 bits")
         if picture.mode.startswith("I"):       # 16-bit grey, which convert("RGB") clips at 255
             picture = picture.convert("I").point(lambda value: value * (1 / 257) + 0.5)
             picture = picture.convert("L")
         if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return from_pil(picture)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image, or damaged at its beginning") from None
@@ -74,7 +72,7 @@ def to_pil(image):
 
 
 def save_png(image, path, text=None):
-    """Writes an image or a picture, whole or not at all.  text: {keyword: value}, for its chunks."""
+    """Writes an image or a picture, whole or not at all, with text chunks {keyword: value}."""
     picture = to_pil(image) if isinstance(image, torch.Tensor) else image
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
@@ -105,21 +103,17 @@ def figure3(images, edited, reconstructed, A_f, A_r, labels, true=None):
     return grid(list(zip(*columns.values())), list(columns), labels)
 
 
-def cell(image):
-    """An image as a cell of a grid: enlarged so that pixels stay visible, or reduced."""
-    picture = to_pil(image)
-    factor = math.ceil(SMALLEST / max(picture.size))
-    picture = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
-    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    return picture
-
-
 def grid(rows, columns, labels=None):
     """Rows of images, the titles of their columns, a line of text under each row -> a picture."""
-    cells = [[cell(image) for image in row] for row in rows]
-    labels = labels or [""] * len(rows)
+    def cell(image):                           # enlarged so that pixels stay visible, or reduced
+        picture = to_pil(image)
+        factor = math.ceil(SMALLEST / max(picture.size))
+        picture = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
+        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+        return picture
 
-    # sizes
+    # ---- sizes
+    cells, labels = [[cell(image) for image in row] for row in rows], labels or [""] * len(rows)
     widths = [max(round(FONT.getlength(title)), *(row[i].width for row in cells))
               for i, title in enumerate(columns)]
     width = sum(widths) + GAP * (len(widths) + 1)
@@ -130,7 +124,7 @@ def grid(rows, columns, labels=None):
         heights.append(max(c.height for c in row) + lines * (TEXT + 5) + GAP)
     lefts = [GAP * (i + 1) + sum(widths[:i]) for i in range(len(widths))]
 
-    # drawing
+    # ---- drawing
     sheet = Image.new("RGB", (width, TEXT + 2 * GAP + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for left, title in zip(lefts, columns):
@@ -144,26 +138,23 @@ def grid(rows, columns, labels=None):
     return sheet
 
 
-def curves(columns, size=(300, 160), margin=(70, 24)):
+def curves(columns, width=300, height=160, margin=70):
     """{name: [(x, y), ...]} -> a picture with a small plot of each, three in a row."""
-    panel, across = (size[0] + margin[0] + margin[1], size[1] + 2 * margin[1]), min(3, len(columns))
-    down = math.ceil(len(columns) / across)
-    sheet = Image.new("RGB", (panel[0] * across, panel[1] * down), "white")
+    right, down = width + margin + 24, height + 48
+    rows = math.ceil(len(columns) / 3)
+    sheet = Image.new("RGB", (right * min(3, len(columns)), down * rows), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (name, points) in enumerate(columns.items()):
-        left, top = i % across * panel[0] + margin[0], i // across * panel[1] + margin[1]
-        right, bottom = left + size[0], top + size[1]
+        left, top = i % 3 * right + margin, i // 3 * down + 24
         draw.text((left, top - 3), name, "black", FONT, anchor="lb")
-        draw.rectangle((left, top, right, bottom), outline=GREY)
+        draw.rectangle((left, top, left + width, top + height), outline=GREY)
         points = [(x, y) for x, y in points if math.isfinite(y)]
         if not points:
             continue
         (x0, x1), (y0, y1) = [(min(values), max(values)) for values in zip(*points)]
-        across_x, across_y = size[0] / (x1 - x0 or 1), size[1] / (y1 - y0 or 1)
-        line = [(left + (x - x0) * across_x, bottom - (y - y0) * across_y) for x, y in points]
-        draw.line(line, RED, 2)
-        draw.text((left, bottom + 4), f"{x0:.4g}", GREY, FONT, anchor="lt")
-        draw.text((right, bottom + 4), f"{x1:.4g}", GREY, FONT, anchor="rt")
-        draw.text((left - 4, bottom), f"{y0:.4g}", GREY, FONT, anchor="rb")
-        draw.text((left - 4, top), f"{y1:.4g}", GREY, FONT, anchor="rt")
+        per_x, per_y = width / (x1 - x0 or 1), height / (y1 - y0 or 1)
+        draw.line([(left + (x - x0) * per_x, top + (y1 - y) * per_y) for x, y in points], RED, 2)
+        for x, y, value, anchor in ((0, height + 4, x0, "lt"), (width, height + 4, x1, "rt"),
+                                    (-4, height, y0, "rb"), (-4, 0, y1, "rt")):
+            draw.text((left + x, top + y), f"{value:.4g}", GREY, FONT, anchor=anchor)
     return sheet

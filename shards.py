@@ -16,6 +16,7 @@ import tarfile
 from glob import glob
 from pathlib import Path
 
+import toy
 from cli import named_float
 from data import Folder, Source, ToyWorld, parse_json, read_edits, read_lines, shuffled
 from pictures import load_image
@@ -26,9 +27,8 @@ IMAGES = ("jpg", "jpeg", "png", "webp")        # of a shard; its other members m
 
 
 def open_source(path, split, resolution, seed=0, pairs=False, side={}):
-    """The source at `path`: "toy", a .tar or a pattern of them, InstructPix2Pix's tree, a folder.
-
-    side: a side file, as `read_texts` gives it."""
+    """The source at `path`: "toy", tar files, InstructPix2Pix's tree or a folder.  side: a side
+    file, as `read_texts` gives it."""
     if path == "toy":
         return ToyWorld(split, 1_000_000 if split == "train" else 64, seed, pairs)
     if path.endswith(".tar"):
@@ -40,6 +40,10 @@ def open_source(path, split, resolution, seed=0, pairs=False, side={}):
 
 def open_data(args):
     """The training and the validation data of the arguments of train.py."""
+    if args.texts and args.data == ["toy"]:
+        raise ValueError("--texts has no effect with --data toy")
+    if "toy" in args.data and args.resolution != toy.SIZE:
+        raise ValueError(f"--data toy has images of --resolution {toy.SIZE}")
     side = read_texts(args.texts) if args.texts else {}
 
     def open_mix(sources, split):
@@ -68,7 +72,6 @@ def read_texts(path):
 
 class Mix(Source):
     """Samples of several sources, in the proportions of their weights."""
-
     def __init__(self, sources, weights):
         self.sources, self.weights, self.pairs = sources, weights, sources[0].pairs
 
@@ -88,9 +91,8 @@ class Mix(Source):
 # ---- InstructPix2Pix's tree -------------------------------------------------------------------
 
 class InstructPix2Pix(Source):
-    """InstructPix2Pix's data as it is on disk: 0.9 of the directories for training, the next 0.05
-    for validation, the others for the test.  Each time a directory is drawn, so is one of its
-    seeds.  It has no reverse instructions: the cycle uses those that `side` names."""
+    """InstructPix2Pix's data as it is on disk.  Each time a directory is drawn, so is one of its
+    seeds.  It has no reverse instructions: the cycle uses the directories that `side` names."""
     SPLITS = {"train": (0, 0.9), "validation": (0.9, 0.9 + 0.05), "test": (0.9 + 0.05, 1)}
 
     def __init__(self, path, split, resolution, seed=0, pairs=False, side={}):
@@ -102,11 +104,10 @@ class InstructPix2Pix(Source):
                      for name, seeds in rows[begin:end] if pairs or name in side]
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{listing} is no JSON list of [directory, [seeds]]") from None
-        if not items and pairs:
-            raise ValueError(f"{listing} has no directory for {split}")
         if not items:
-            raise ValueError(f"{listing} has no directory for {split} of which the side file "
-                             "(--texts) has the reverse instruction, which the cycle needs")
+            needs = "" if pairs else (" of which the side file (--texts) has the reverse "
+                                      "instruction, which the cycle needs")
+            raise ValueError(f"{listing} has no directory for {split}{needs}")
         super().__init__(items, resolution, seed, pairs)
 
     def open(self, rng, path, seeds, more):
@@ -140,14 +141,11 @@ def key_and_kind(name):
 class Shards(Source):
     """Tar files: a path, a pattern or a range; with a side file, the samples that it names.
 
-    They are read from beginning to end and never extracted; the names of members are keys, never
-    paths.  The samples are read here and only decoded by the workers, so that the order does not
-    depend on their number."""
-
+    They are read from beginning to end and never extracted; names of members are keys, not paths.
+    Workers only decode what is read here, so that the order does not depend on their number."""
     def __init__(self, pattern, resolution, seed=0, pairs=False, side={}):
         if pairs:
-            raise ValueError(f"{pattern}: shards have no edited images, which the supervised "
-                             "baseline needs")
+            raise ValueError(f"{pattern}: shards have no edited images, as the baseline needs")
         super().__init__(expand(pattern), resolution, seed, pairs)
         self.pattern, self.side = pattern, side
         for shard in self.items:

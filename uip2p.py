@@ -24,17 +24,15 @@ class EditModel:
     def __init__(self, unet, vae, text_encoder, tokenizer, scheduler, defaults=None):
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.scheduler, self.defaults = tokenizer, scheduler, defaults or {}
-        first = scheduler.get("beta_start", 0.00085) ** 0.5
-        last = scheduler.get("beta_end", 0.012) ** 0.5
-        betas = torch.linspace(first, last, TIMESTEPS) ** 2
+        first, last = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
+        betas = torch.linspace(first ** 0.5, last ** 0.5, TIMESTEPS) ** 2
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0).to(self.device)     # abar_t, (1000,)
 
     @classmethod
     def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32):
-        """A model in the layout of SD 1.5 and InstructPix2Pix: a directory, or an id of the hub.
-
-        The directory of a UNet inside of a model (models/toy/baseline) is that model with that
-        UNet.  ValueError, in one line, for all that is not a complete model."""
+        """A model in the layout of SD 1.5 and InstructPix2Pix: a directory, or an id of the hub; or
+        the directory of a UNet inside of a model, which is that model with that UNet.  ValueError,
+        in one line, for all that is not a complete model."""
         return cls(*checkpoint.load(path_or_id, device, dtype))
 
     def save_pretrained(self, path):
@@ -59,8 +57,8 @@ class EditModel:
 
     def tokenize(self, texts):
         """List of B strings -> token ids (B, L), cut or padded to L tokens, 77 in SD."""
-        return self.tokenizer(texts, padding="max_length", truncation=True,
-                              return_tensors="pt").input_ids
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        return tokens.input_ids
 
     @torch.no_grad()
     def encode_text(self, texts):
@@ -118,7 +116,7 @@ class EditModel:
     @torch.no_grad()
     def sample(self, image, instructions, noise, steps, text_guidance, image_guidance,
                progress=False):
-        """The loop of an edit: from noise z_T to clean latents z_0, (B, 4, h, w).
+        """The loop of an edit, from noise z_T (B, 4, h, w) to clean latents z_0.
 
         image: unscaled latents (B, 4, h, w) of the images; instructions: list of B strings"""
         text, no_text = self.encode_text([*instructions, ""]).split([len(noise), 1])
@@ -142,8 +140,8 @@ class EditModel:
         image = self.vae.encode(images.to(self.device, self.dtype))           # (B, 4, h, w)
         if noise is None:
             noise = torch.randn(image.shape, generator=generator)
-        noise = noise.to(image)
-        z_0 = self.sample(image, instructions, noise, steps, text_guidance, image_guidance, progress)
+        z_0 = self.sample(image, instructions, noise.to(image), steps, text_guidance,
+                          image_guidance, progress)
         return self.decode(z_0).clamp(-1, 1)
 
 

@@ -1,8 +1,7 @@
 """The UNet of Stable Diffusion 1.5, which predicts the noise eps(z_t, t, image, text).
 
-InstructPix2Pix gives it 8 input channels instead of 4: the noisy latents, then the latents of the
-image to edit (`inflate_conv_in`).  All sizes come from config.json.  Parameter names are those of
-the published files, so that loading is one strict `load_state_dict`.
+In InstructPix2Pix it has 8 input channels: the noisy latents, then the latents of the image to edit
+(`inflate_conv_in`).  All sizes come from config.json; parameter names are those of published files.
 """
 import math
 from itertools import zip_longest
@@ -15,14 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from attention import SpatialTransformer
 
 SD15 = {                                        # Stable Diffusion 1.5 itself has 4 input channels
-    "in_channels": 8,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
+    "in_channels": 8, "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
     "attention_head_dim": 8,                    # the NUMBER of heads, in this family of checkpoints
-    "cross_attention_dim": 768,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
+    "cross_attention_dim": 768, "norm_num_groups": 32, "norm_eps": 1e-5,
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
@@ -31,28 +26,26 @@ SD15 = {                                        # Stable Diffusion 1.5 itself ha
 def inflate_conv_in(config, state):
     """4 to 8 channels: a text-to-image UNet becomes InstructPix2Pix's, which also sees an image.
 
-    The new input weights start at zero, so that at first the image changes nothing; the rest is
-    copied, the bias too (InstructPix2Pix, section 3.2).  A UNet of 8 channels is left as it is.
-    config: unet/config.json as a dict; state: its state dict.  Returns both, changed.  ValueError
-    for other numbers of channels, such as the 9 of an inpainting model."""
+    The new input weights start at zero; the rest is copied, the bias too (its section 3.2).
+    config: unet/config.json; state: the state dict.  A UNet of 8 channels stays as it is.
+    ValueError for other numbers, such as the 9 of an inpainting model."""
     latents, channels = config.get("out_channels", 4), config.get("in_channels", 4)
     if channels not in (latents, 2 * latents):
-        raise ValueError(f"a UNet of {channels} input channels is neither an editor, which has "
-                         f"{2 * latents}, nor a text-to-image model, which has {latents}")
-    if channels == latents and "conv_in.weight" in state:
+        raise ValueError(f"a UNet of {channels} input channels is no editor, which has "
+                         f"{2 * latents}, and no text-to-image model, which has {latents}")
+    if channels == latents:
         weight = state["conv_in.weight"]                                      # (C, 4, 3, 3)
         weight = torch.cat([weight, torch.zeros_like(weight)], dim=1)         # (C, 8, 3, 3)
-        state = {**state, "conv_in.weight": weight}
-        config = {**config, "in_channels": 2 * latents}
+        config, state = config | {"in_channels": 2 * latents}, state | {"conv_in.weight": weight}
     return config, state
 
 
 def check_size(what, x, levels):
     """ValueError unless height and width of x (B, C, H, W) can be halved levels - 1 times."""
     multiple = 2 ** (levels - 1)
-    if x.shape[-2] % multiple or x.shape[-1] % multiple:
-        raise ValueError(f"{what} of {x.shape[-2]}x{x.shape[-1]}: height and width must be "
-                         f"multiples of {multiple}")
+    height, width = x.shape[-2:]
+    if height % multiple or width % multiple:
+        raise ValueError(f"{what} of {height}x{width}: both must be multiples of {multiple}")
 
 
 # ---- layers, which the VAE uses too -----------------------------------------------------------
@@ -85,7 +78,6 @@ class ResnetBlock(nn.Module):
 
 class Downsample(nn.Module):
     """Halves height and width.  The UNet pads all sides by 1, the VAE only right and bottom."""
-
     def __init__(self, channels, all_sides=True):
         super().__init__()
         self.all_sides = all_sides
@@ -99,7 +91,6 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Doubles height and width."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -110,7 +101,6 @@ class Upsample(nn.Module):
 
 class Block(nn.Module):
     """The layers of one resolution, under the names of the published files."""
-
     def __init__(self):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList(), nn.ModuleList()
@@ -123,7 +113,6 @@ class Block(nn.Module):
 
 class TimestepEmbedding(nn.Module):
     """t (B,), from 0 to 999 -> (B, time_dim): cosines and sines of t, then two layers."""
-
     def __init__(self, dim, time_dim):
         super().__init__()
         self.dim = dim
@@ -134,8 +123,7 @@ class TimestepEmbedding(nn.Module):
         # Always in float32: bfloat16 cannot tell timestep 998 from 999.
         half = self.dim // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) * steps / half)              # (dim / 2,)
-        angles = t.float()[:, None] * frequencies                             # (B, dim / 2)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / half)  # (B, dim / 2)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)                # (B, dim)
         waves = waves.to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))                    # (B, time_dim)
@@ -146,22 +134,22 @@ class TimestepEmbedding(nn.Module):
 class UNet(nn.Module):
     """The UNet.  config: the keys of SD15, as in unet/config.json; missing ones are SD15's.
 
-    With `checkpointing` set, training keeps only the input of each layer and computes the rest
-    again in the backward pass: less memory, about a third more time."""
+    With `checkpointing`, training keeps only the input of each layer and computes the rest again in
+    the backward pass: less memory, a third more time."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = {**SD15, **config}
         self.checkpointing = False
         channels, layers = c["block_out_channels"], c["layers_per_block"]
-        groups, heads = c["norm_num_groups"], c["attention_head_dim"]
-        levels, time_dim = len(channels), 4 * channels[0]
+        groups = c["norm_num_groups"]
+        levels, time_dim, heads = len(channels), 4 * channels[0], c["attention_head_dim"]
         if isinstance(heads, int):
             heads = [heads] * levels
 
         def transformer(level):
-            context_dim = c["cross_attention_dim"]
-            return SpatialTransformer(channels[level], context_dim, heads[level], groups)
+            width = channels[level]
+            return SpatialTransformer(width, c["cross_attention_dim"], heads[level], groups)
 
         def make_block(level, widths_in, kind):
             block, width = Block(), channels[level]
@@ -248,7 +236,6 @@ class UNet(nn.Module):
         return x
 
     def run(self, module, *args):
-        if self.checkpointing and self.training:
-            # There is no dropout, so there is no random state to keep.
+        if self.checkpointing and self.training:              # no dropout: no random state to keep
             return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
         return module(*args)

@@ -11,12 +11,8 @@ from attention import Attention
 from unet import Block, Downsample, ResnetBlock, Upsample, check_size
 
 SD15_VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
+    "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32,
     "scaling_factor": 0.18215,           # latents times this have standard deviation 1
 }
 EPS = 1e-6                               # of every group norm here
@@ -25,7 +21,6 @@ PIXELS = 512 ** 2                        # of the images that are encoded or dec
 
 class PixelAttention(Attention):
     """Self-attention over the pixels, one head as wide as the channels: (B, C, h, w) -> same."""
-
     def __init__(self, channels, groups):
         super().__init__(channels, channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, EPS)
@@ -63,7 +58,6 @@ def run(block, x):
 
 class Encoder(nn.Module):
     """Images (B, 3, H, W) -> (B, 2 * latent_channels, h, w)."""
-
     def __init__(self, c):
         super().__init__()
         channels, groups = c["block_out_channels"], c["norm_num_groups"]
@@ -90,7 +84,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Latents (B, latent_channels, h, w) -> images (B, 3, H, W)."""
-
     def __init__(self, c):
         super().__init__()
         channels, groups = c["block_out_channels"][::-1], c["norm_num_groups"]
@@ -145,12 +138,10 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Latents (B, latent_channels, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        def decode(part):
+            return self.decoder(self.post_quant_conv(part))
         if self.checkpointing:
-            return torch.cat([checkpoint(self.decode_part, part, use_reentrant=False,
-                                         preserve_rng_state=False) for part in latents.split(1)])
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            return torch.cat([checkpoint(decode, part, **options) for part in latents.split(1)])
         pixels = latents[0, 0].numel() * self.factor ** 2
-        parts = latents.split(max(1, PIXELS // pixels))
-        return torch.cat([self.decode_part(part) for part in parts])
-
-    def decode_part(self, latents):
-        return self.decoder(self.post_quant_conv(latents))
+        return torch.cat([decode(part) for part in latents.split(max(1, PIXELS // pixels))])
