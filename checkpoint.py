@@ -24,8 +24,8 @@ from vae import SD15_VAE, VAE
 NETWORK = "diffusion_pytorch_model"       # the name of the weights of a UNet or VAE
 VARIANTS = "", ".fp16"                    # the second one is for repositories without the first
 
-# Values of a config.json that unet.py and vae.py are written for.  Keys that are not here, nor in
-# SD15 or SD15_VAE, nor in FREE, must be null, false or 0: they are parts that we do not have.
+# What unet.py and vae.py are written for.  Keys of a config.json that are not here, nor in SD15 or
+# SD15_VAE, nor FREE, must be null, false or 0: they are parts that we do not have.
 FIXED_UNET = {
     "act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
     "downsample_padding": 1, "conv_in_kernel": 3, "conv_out_kernel": 3, "flip_sin_to_cos": True,
@@ -36,8 +36,11 @@ FIXED_VAE = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv"
 FIXED_SCHEDULER = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon",
                    "num_train_timesteps": 1000, "trained_betas": None,
                    "rescale_betas_zero_snr": False}
-FREE = ("sample_size", "force_upcast", "addition_embed_type_num_heads", "down_block_types",
-        "up_block_types")
+FREE = {"sample_size", "force_upcast", "addition_embed_type_num_heads", "down_block_types",
+        "up_block_types"}
+UNET_BLOCKS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+               "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+VAE_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
 # What a model may recommend for its edits, in edit_defaults.json.
 DEFAULTS = {"steps": int, "text_guidance": float, "image_guidance": float, "resolution": int}
 MODEL_INDEX = {
@@ -51,8 +54,7 @@ MODEL_INDEX = {
 
 @contextmanager
 def about(what):
-    """An error inside becomes a ValueError of one line, which begins with what it is about.
-    transformers, tokenizers and safetensors raise many kinds of errors on damaged files."""
+    """Any error inside becomes a ValueError of one line, which begins with what it is about."""
     try:
         yield
     except Exception as error:
@@ -62,25 +64,21 @@ def about(what):
 # ---- find -------------------------------------------------------------------------------------
 
 def find_model(path_or_id):
-    """The local directory of a model and the name of its UNet's folder.
-
-    The path itself and "unet"; for the directory of a UNet inside of a model, that model and its
-    name; for an id of the hub, where its files are, which are downloaded once."""
+    """The directory of a model and the name of its UNet's folder, "unet"; for the directory of a
+    UNet inside of a model, that model and its name.  Files of the hub are downloaded once."""
     path, name = Path(path_or_id), str(path_or_id)
     if path.is_dir():
         is_unet = (path / "config.json").is_file() and (path.parent / "vae").is_dir()
         return (path.parent, path.name) if is_unet else (path, "unet")
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise ValueError(f"{name} is neither a model directory nor a hub id like "
-                         "timbrooks/instruct-pix2pix")
-    texts = ["tokenizer/*.json", "tokenizer/*.txt", "scheduler/*.json", "*/config.json",
-             "edit_defaults.json"]
+        raise ValueError(f"{name} is neither a model directory nor an id of the hub")
+    texts = ["tokenizer/*", "scheduler/*.json", "*/config.json", "edit_defaults.json"]
     with about(f"{name} is no local directory, and the hub did not give it"):
         for variant in VARIANTS:
             weights = [f"{part}{variant}{end}" for end in (".safetensors", "-*.safetensors")
                        for part in (f"unet/{NETWORK}", f"vae/{NETWORK}", "text_encoder/model")]
-            indices = [f"*/*.safetensors.index{variant}.json"]
-            path = Path(snapshot_download(name, allow_patterns=texts + weights + indices))
+            weights.append(f"*/*.safetensors.index{variant}.json")
+            path = Path(snapshot_download(name, allow_patterns=texts + weights))
             if list(path.glob("unet/*.safetensors")):
                 break
     return path, "unet"
@@ -110,31 +108,34 @@ def weight_files(folder, stem):
                 raise ValueError(f"{index} has no weight_map that names files")
             return [folder / str(shard) for shard in sorted(set(shards.values()))], variant
     for pickle in [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]:
-        raise ValueError(
-            f"{pickle} is a pickle, which may run code when it is loaded; convert it where you "
-            f"trust it: safetensors.torch.save_file(torch.load('{pickle.name}', "
-            f"weights_only=True), '{stem}.safetensors')")
+        raise ValueError(f"{pickle} is a pickle, which may run code; convert it, if you trust it: "
+                         f"safetensors.torch.save_file(torch.load('{pickle.name}', "
+                         f"weights_only=True), '{stem}.safetensors')")
     raise ValueError(f"{folder} has no {stem}.safetensors")
 
 
 # ---- check ------------------------------------------------------------------------------------
 
+def check_fixed(config, fixed):
+    for key, value in fixed.items():
+        if (config.get(key, value) or None) != (value or None):   # null, false, 0: "without"
+            raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
+
+
 def check_network(config, defaults, fixed, blocks):
     """ValueError, which names the key, for a config.json that unet.py or vae.py cannot build."""
     full = defaults | config
     channels, heads = full["block_out_channels"], full.get("attention_head_dim", 1)
-    for key, value in config.items():
-        known = key in defaults or key in FREE or key.startswith("_")
-        if not known and (value or None) != fixed.get(key):       # null, false, 0 are "without"
-            raise ValueError(f"{key} = {value!r} is not supported, only {fixed.get(key)!r}")
+    others = {key for key in config if not key.startswith("_")} - defaults.keys() - FREE
+    check_fixed(config, dict.fromkeys(others) | fixed)
     for key, value in defaults.items():
         if type(value) is int and key != "attention_head_dim" and type(full[key]) is not int:
             raise ValueError(f"{key} = {full[key]!r} is not supported, only a whole number")
     for key, supported in blocks.items():
         kinds = full.get(key, [supported[0]] * len(channels))
         if len(kinds) != len(channels) or not set(kinds) <= set(supported):
-            raise ValueError(f"{key} = {kinds!r} is not supported, only {len(channels)} (as many "
-                             f"as block_out_channels) of {', '.join(supported)}")
+            raise ValueError(f"{key} = {kinds!r} is not supported, only {len(channels)} of "
+                             f"{', '.join(supported)}, as many as block_out_channels")
     heads = heads if isinstance(heads, list) else [heads] * len(channels)
     for width, h in zip(channels, heads, strict=True):
         if type(h) is not int or h < 1 or width % h:
@@ -148,37 +149,26 @@ def check_numbers(config, kinds):
             raise ValueError(f"{key} = {config[key]!r} is no {what}")
 
 
-def check_scheduler(config):
-    for key, value in FIXED_SCHEDULER.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
-    check_numbers(config, {"beta_start": float, "beta_end": float, "steps_offset": int})
-
-
-def check_defaults(config):
-    check_numbers(config, DEFAULTS)
-    if config.keys() - DEFAULTS.keys():
-        raise ValueError(f"{min(config.keys() - DEFAULTS.keys())}: a model may recommend "
-                         f"{', '.join(DEFAULTS)}")
-
-
 # ---- load -------------------------------------------------------------------------------------
 
 def load(path_or_id, device, dtype):
     """The arguments of EditModel: frozen networks on a device, a tokenizer and two configs."""
     path, unet_name = find_model(path_or_id)
-    unet, vae = load_unet(path / unet_name), load_vae(path / "vae")
+    unet = load_network(UNet, path / unet_name, SD15, FIXED_UNET, UNET_BLOCKS, inflate_conv_in)
+    vae = load_network(VAE, path / "vae", SD15_VAE, FIXED_VAE, VAE_BLOCKS, modern_names)
     text_encoder, tokenizer = load_text(path, dtype)
     width, wanted = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
     if width != wanted:
         raise ValueError(f"{path}: the text encoder's width is {width}, the UNet takes {wanted}")
     scheduler = read_json(path / "scheduler/scheduler_config.json")
     with about(path / "scheduler/scheduler_config.json"):
-        check_scheduler(scheduler)
+        check_fixed(scheduler, FIXED_SCHEDULER)
+        check_numbers(scheduler, {"beta_start": float, "beta_end": float, "steps_offset": int})
     file = path / "edit_defaults.json"
     defaults = read_json(file) if file.is_file() else {}
-    with about(file):
-        check_defaults(defaults)
+    with about(f"{file}: a model may recommend {', '.join(DEFAULTS)}"):
+        check_fixed(defaults, dict.fromkeys(defaults.keys() - DEFAULTS.keys()))
+        check_numbers(defaults, DEFAULTS)
     for module in (unet, vae, text_encoder):
         module.to(device, dtype).requires_grad_(False).eval()
     for module in (unet, vae):
@@ -186,47 +176,30 @@ def load(path_or_id, device, dtype):
     return unet, vae, text_encoder, tokenizer, scheduler, defaults
 
 
-def load_unet(folder):
-    config, state = load_state(folder)
-    with about(folder / "config.json"):
-        check_network(config, SD15, FIXED_UNET, {
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")})
-        config, state = inflate_conv_in(config, state)
-    return fill(UNet, folder, config, state)
+def load_network(network, folder, defaults, fixed, blocks, adapt):
+    """network(config) with the weights of its folder, strictly, after adapt(config, state dict)."""
+    state, config = {}, read_json(folder / "config.json")
+    for file in weight_files(folder, NETWORK)[0]:
+        with about(f"{file} cannot be read"):
+            state |= load_file(file)
+    with about(folder / "config.json"), torch.device("meta"):     # no memory for weights yet
+        check_network(config, defaults, fixed, blocks)
+        config, state = adapt(config, state)
+        module = network(config)
+    with about(f"{folder}: the weights do not fit config.json"):
+        module.load_state_dict(state, assign=True)
+    return module
 
 
-def load_vae(folder):
-    config, state = load_state(folder)
-    with about(folder / "config.json"):
-        check_network(config, SD15_VAE, FIXED_VAE, {
-            "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)})
-    # Old files have other names for the attention's weights, some as 1x1 convolutions (C, C, 1, 1).
+def modern_names(config, state):
+    """A VAE's attention by today's names and as matrices; old files have 1x1 convolutions."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     for key in [key for key in state if ".attentions." in key]:
         module, name, kind = key.rsplit(".", 2)                   # kind: weight or bias
         tensor = state.pop(key)
         tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor
         state[f"{module}.{names.get(name, name)}.{kind}"] = tensor
-    return fill(VAE, folder, config, state)
-
-
-def load_state(folder):
-    """config.json and the state dict of a network's folder."""
-    state, config = {}, read_json(folder / "config.json")
-    for file in weight_files(folder, NETWORK)[0]:
-        with about(f"{file} cannot be read"):
-            state |= load_file(file)
     return config, state
-
-
-def fill(network, folder, config, state):
-    """network(config) with the weights of its state dict, strictly."""
-    with about(folder / "config.json"), torch.device("meta"):     # no memory for weights yet
-        module = network(config)
-    with about(f"{folder}: the weights do not fit config.json"):
-        module.load_state_dict(state, assign=True)
-    return module
 
 
 def load_text(path, dtype):
@@ -281,7 +254,7 @@ def save(model, path):
         write_json(MODEL_INDEX, new / "model_index.json")
         if model.defaults:
             write_json(model.defaults, new / "edit_defaults.json")
-        for file in [f for f in new.rglob("*") if f.is_file()]:
+        for file in new.glob("**/*.*"):
             target = path / file.relative_to(new)
             target.parent.mkdir(exist_ok=True)
             os.replace(file, target)
@@ -306,8 +279,7 @@ def write_json(content, file):
 # ---- a run ------------------------------------------------------------------------------------
 
 def save_run(folder, settings, parts, run):
-    """Writes state.pt: the settings of a run, the state of its parts (a dict of what has a
-    state_dict), and its numbers (a dict of tensors, lists and numbers)."""
+    """Writes state.pt: settings and numbers of a run (dicts), and parts that have a state_dict."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state = {"settings": settings, "parts": state, "run": run}
     replace_file(folder / "state.pt", lambda file: torch.save(state, file))
@@ -318,7 +290,7 @@ def save_log(args, run):
     images = run.step * args.batch_size * args.accumulate * args.processes
     row = {"step": run.step, "images": images}
     for name, losses in run.losses.items():
-        row[name] = round(torch.stack(losses).mean().item(), 4)
+        row[name] = round(sum(losses) / len(losses), 4)
     run.rows, run.losses = run.rows + [row], {}
     text = ", ".join(f"{name} {value}" for name, value in row.items())
     tqdm.write(f"{text}, {peak_memory(args.device):.1f} GiB")
@@ -331,19 +303,18 @@ def save_log(args, run):
 
 
 def load_run(folder, settings, parts):
-    """What `save_run` has written: the parts get their state, its numbers are returned, {} for a
-    new run.  ValueError for a damaged file, or a run that was begun with other settings."""
+    """Gives the parts what `save_run` wrote -> the numbers; {} for a new run.  ValueError if the
+    file is damaged, or the run was begun with other settings."""
     file = folder / "state.pt"
     if not file.exists():
         return {}
     with about(f"{file} is damaged; remove it to start again"):
         state = torch.load(file, map_location="cpu", weights_only=True)
     for name, value in settings.items():
-        old = state["settings"].get(name)
-        if old != value:
-            flag = name.replace("_", "-")
-            raise ValueError(f"{folder} holds a run with another --{flag}, {old}: choose another "
-                             "--output, or remove it")
+        if state["settings"].get(name) != value:
+            flag, old = name.replace("_", "-"), state["settings"].get(name)
+            raise ValueError(f"{folder} holds a run with another --{flag} ({old}); remove it, or "
+                             "choose another --output")
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     return state["run"]

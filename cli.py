@@ -132,6 +132,7 @@ def mean_of_processes(tensors):
             tensor /= dist.get_world_size()
 
 
+
 def keep_settings(folder, settings, results):
     """Writes a folder's settings.__import__("json").  ValueError if there are `results` in it, a glob pattern,
     that were made with other settings."""

@@ -1,13 +1,12 @@
 """Training samples (table 1 of the paper): a batch, the toy world, and a folder of photographs.
 
-A folder holds images and metadata.jsonl, with one image a line:
+A folder holds images and metadata.jsonl, one image a line; NAMES says how else fields may be called:
 
     {"image": "boat.jpg", "caption": "a boat on a lake", "instruction": "add mountains",
-     "edited_caption": "a boat on a lake with mountains",
-     "reverse_instruction": "remove the mountains"}
+     "edited_caption": "a boat on a lake with mountains", "reverse_instruction": "remove them"}
 
-NAMES says what else the fields may be called.  An image may have several edits, in "edits": a list
-of such objects.  Each time an image is drawn, so is one of its edits.  shards.py has other sources.
+An image may have several edits, in "edits": a list of such objects; each time an image is drawn, so
+is one of its edits.  Other sources are in shards.py.
 """
 import itertools
 import json
@@ -71,8 +70,8 @@ def fields(row):
 
 
 def read_edits(row, more, needed):
-    """The edits of a JSON object: its own fields, with those of each of its "edits" and with those
-    of each of `more`, which comes from another file.  ValueError if they lack one of `needed`."""
+    """The edits of a JSON object: its own fields, with those of each of its "edits", and with those
+    of each of `more`, from another file.  ValueError if they lack one of `needed`."""
     edits = row.get("edits") or [{}]
     if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
         raise ValueError("its edits are no list of JSON objects")
@@ -107,25 +106,24 @@ def read_lines(path, read):
 class Source(torch.utils.data.Dataset):
     """Samples for the cycle, or with `pairs` for the supervised baseline.
 
-    items: where they are, tuples of a name and more.  A subclass has open(rng, *item) -> one edit
-    of the item and its images, each (3, H, W) in [-1, 1]; ValueError or OSError if it is broken."""
+    items: where they are, tuples of a name and more.  A subclass has open(rng, *item) -> an edit of
+    the item and its images, (3, H, W) in [-1, 1] each; ValueError or OSError if it is broken."""
     def __init__(self, items, resolution, seed, pairs):
         self.items, self.resolution, self.seed, self.pairs = items, resolution, seed, pairs
         self.needed = ("instruction",) if pairs else TEXTS
 
     def order(self, seed, first, share=slice(None)):
-        """Endless (epoch, item) from position `first` of a share, a slice, on: a function of the
-        seed and the epoch alone."""
+        """Endless (epoch, item) from position `first` of a share, a slice: a function of the seed
+        and the epoch alone."""
         n = len(self.items)
         epoch, first = divmod(first, len(shuffled(n, seed, 0, share)))
         for epoch in itertools.count(epoch):
-            for i in shuffled(n, seed, epoch, share)[first:]:
-                yield epoch, self.items[i]
+            yield from ((epoch, self.items[i]) for i in shuffled(n, seed, epoch, share)[first:])
             first = 0
 
     def load(self, epoch, item):
-        """The image and with `pairs` the edited one (1 or 2, 3, H, W), cut out anew in every epoch,
-        and the four TEXTS."""
+        """The image, with `pairs` also the edited one, (1 or 2, 3, H, W), cut out anew in every
+        epoch; the four TEXTS."""
         rng = random.Random(f"{self.seed} {epoch} {item[0]}")
         edit, images = self.open(rng, *item)
         if len({image.shape for image in images}) > 1:
@@ -135,8 +133,8 @@ class Source(torch.utils.data.Dataset):
         return crop(torch.stack(images), self.resolution, not names_a_side, rng), texts
 
     def __getitems__(self, references):
-        """Some of `order` -> their Batch, and what is wrong with those that are broken.  Good
-        samples are repeated in the place of broken ones; without a good one the Batch is None."""
+        """Some of `order` -> a Batch, or None without a good sample, and what is wrong with broken
+        samples, which have good ones in their place."""
         samples, errors = [], []
         for reference in references:
             try:
@@ -151,7 +149,7 @@ class Source(torch.utils.data.Dataset):
 
 
 def shuffled(n, seed, epoch, share):
-    """A share, a slice, of range(n) in an order that is a function of (seed, epoch)."""
+    """A share, a slice, of range(n), in an order that is a function of (seed, epoch)."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
     order = torch.randperm(n, generator=generator).tolist()[share]
     if not order:
@@ -161,7 +159,7 @@ def shuffled(n, seed, epoch, share):
 
 def crop(images, resolution, may_flip, rng):
     """(n, 3, H, W) -> (n, 3, resolution, resolution), all alike: the largest square, at a random
-    place, resized; flipped half of the time (InstructPix2Pix does both)."""
+    place, resized; half of the time flipped, as InstructPix2Pix does."""
     side = min(images.shape[2:])
     top, left = [rng.randint(0, length - side) for length in images.shape[2:]]
     images = images[:, :, top:top + side, left:left + side]
@@ -193,23 +191,19 @@ class Folder(Source):
         self.images = ("image", "edited_image") if pairs else ("image",)
         if not listing.is_file():
             raise ValueError(f"{listing} is missing: it says what is in the images of a folder")
-
-        def read(row):
-            more = side.get(fields(row).get("key"), [{}])
-            return read_edits(row, more, self.images + self.needed)
-        self.items = read_lines(listing, read)
+        self.items = read_lines(listing, lambda row: read_edits(
+            row, side.get(fields(row).get("key"), [{}]), self.images + self.needed))
 
     def open(self, rng, name, edits):
         edit = rng.choice(edits)
         return edit, [load_image(self.path / edit[key]) for key in self.images]
 
 
-# ---- batches ----------------------------------------------------------------------------------
-
 def batches(source, batch_size, seed, first=0, workers=0, share=slice(None)):
     """Endless batches from number `first` on: a run that starts again sees what it would have seen.
-    share: a slice, the samples or shards of one of several processes.  A broken sample is reported
-    and skipped; more than 1 % of them, if more than ten, are a ValueError."""
+
+    share: a slice, of the samples or shards, for one of several processes.  Broken samples are
+    reported and skipped; more than 1 % of them, if more than ten, are a ValueError."""
     order = source.order(seed, first * batch_size, share)
     references = iter(lambda: list(itertools.islice(order, batch_size)), [])
     loader = torch.utils.data.DataLoader(source, batch_sampler=references, collate_fn=tuple,

@@ -30,7 +30,6 @@ TOY = Path(__file__).resolve().parent / "models/toy"
 DEMO, DEMO_SCENES = Path("outputs/demo.png"), 8
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 LONGEST = 4096                                 # pixels of a side while an image is edited
-PIXELS = 8 * 512 ** 2                          # that are edited at once
 
 
 def parser():
@@ -57,21 +56,18 @@ def parser():
 # ---- what is edited ---------------------------------------------------------------------------
 
 def check_files(args):
-    """Finds what is wrong before any work: [(input, output, size of input)]; [] for the demo."""
+    """Finds what is wrong before any work: [(input, its size, output)]; [] for the demo."""
     if not (args.input or args.output or args.edit or args.reverse):
         DEMO.parent.mkdir(exist_ok=True)
         check_writable(DEMO.parent)
         return []
     for flag in ("input", "edit", "output"):
         if not getattr(args, flag):
-            raise ValueError(f"--{flag} is missing; an edit needs --input, --edit and --output, "
-                             "the demo none of them")
-    if args.reverse and len(args.reverse) != len(args.edit):
-        raise ValueError(f"{len(args.reverse)} --reverse for {len(args.edit)} --edit: give one for "
-                         "each, or none")
-    for text in args.edit + args.reverse:
-        if not text.encode().strip():          # encode: a ValueError if it is not text
-            raise ValueError('an instruction is empty; say what to change: --edit "make it snow"')
+            raise ValueError(f"--{flag} is missing; an edit needs --input, --edit and --output")
+    if len(args.reverse) not in (0, len(args.edit)):
+        raise ValueError(f"{len(args.reverse)} --reverse for {len(args.edit)} --edit: give one each")
+    if not all(text.encode().strip() for text in args.edit + args.reverse):   # encode: is it text?
+        raise ValueError('an instruction is empty; say what to change: --edit "make it snow"')
 
     source, target = Path(args.input), Path(args.output)
     if source.is_dir():
@@ -87,16 +83,15 @@ def check_files(args):
             raise ValueError(f"--output {target}: give the name of a .png file, which has no loss")
     check_writable(target if target.is_dir() else target.parent)
 
-    written = outputs + ([cycle_file(output) for output in outputs] if args.reverse else [])
+    written = outputs + [cycle_file(output) for output in outputs if args.reverse]
     if len(set(written)) < len(written):
-        raise ValueError(f"--input {source}: two outputs would have one name; rename images that "
-                         "differ only in the suffix")
+        raise ValueError(f"--input {source}: two outputs would have one name; rename an image")
     for file in written:
-        if file.resolve() in {source.resolve() for source in inputs}:
+        if file.resolve() in [source.resolve() for source in inputs]:
             raise ValueError(f"--output would overwrite the input {file}; choose another name")
         if file.is_dir():
             raise ValueError(f"--output {file} is a folder; choose another name, or remove it")
-    return [(i, o, tuple(load_image(i).shape[1:])) for i, o in zip(inputs, outputs)]
+    return [(i, tuple(load_image(i).shape[1:]), o) for i, o in zip(inputs, outputs)]
 
 
 def check_writable(folder):
@@ -206,46 +201,31 @@ def demo(model, args, settings):
     print(f"{DEMO}: {len(samples)} scenes that training never saw, edited and edited back")
 
 
-def edit_files(model, jobs, args, settings):
-    """Edits the files of check_files; images of one size together."""
-    by_size = {}
-    for source, output, size in jobs:
-        size = edit_size(model, source, size, args.resolution)
-        by_size.setdefault(size, []).append((source, output))
-    for size, files in sorted(by_size.items()):
-        print(f"{len(files)} image{'' if len(files) == 1 else 's'} at {size[1]}x{size[0]}")
-        at_once = max(1, min(16, PIXELS // (size[0] * size[1])))
-        for first in range(0, len(files), at_once):
-            edit_batch(model, files[first:first + at_once], size, args, settings)
-
-
-def edit_batch(model, files, size, args, settings):
-    """Edits [(input, output)] by all instructions in turn, and writes the outputs."""
-    images = [load_image(source) for source, _ in files]
-    turns = []                                 # for each turn, the rows of figure 3 of all images
+def edit_file(model, source, output, args, settings):
+    """Edits one image by all instructions in turn, and writes the outputs."""
+    image, rows = load_image(source), []
+    size = edit_size(model, source, image.shape[1:], args.resolution)
+    print(f"{source} at {size[1]}x{size[0]}")
     for turn, instruction in enumerate(args.edit):
-        forward = [instruction] * len(files)
-        edited = edit(model, images, forward, size, args)
+        edited = edit(model, [image], [instruction], size, args)
         if args.reverse:
-            back = [args.reverse[turn]] * len(files)
-            turns.append(round_trip(model, images, edited, forward, back, size, args))
-        images = edited
-    for i, (_, output) in enumerate(files):
-        output.parent.mkdir(exist_ok=True)
-        save_png(images[i], output, settings)
-        print(output)
-        if args.reverse:
-            rows = [turn[i] for turn in turns]
-            figure = figure3(*zip(*rows), labels(args.edit, args.reverse))
-            save_png(figure, cycle_file(output), settings)
-            print(cycle_file(output))
+            back = [args.reverse[turn]]
+            rows += round_trip(model, [image], edited, [instruction], back, size, args)
+        image = edited[0]
+    output.parent.mkdir(exist_ok=True)
+    save_png(image, output, settings)
+    print(output)
+    if args.reverse:
+        figure = figure3(*zip(*rows), labels(args.edit, args.reverse))
+        save_png(figure, cycle_file(output), settings)
+        print(cycle_file(output))
 
 
 def main(argv=None):
     p = parser()
     args = p.parse_args(argv)
     with errors(p, args, "choose a smaller --resolution"):
-        jobs = check_files(args)
+        files = check_files(args)
         if args.precision is None:
             args.precision = "fp16" if args.device.startswith("cuda") else "fp32"
         model = EditModel.from_pretrained(args.model, args.device, DTYPES[args.precision])
@@ -256,10 +236,12 @@ def main(argv=None):
         settings = {name: getattr(args, name) for name in names}
         print(", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
         warn_of_cut_texts(model, args.edit + args.reverse)
-        if jobs:
-            edit_files(model, jobs, args, settings | {"edit": "\n".join(args.edit)})
-        else:
+        if not files:
             demo(model, args, settings)
+        for source, size, _ in files:                             # all are known to fit before
+            edit_size(model, source, size, args.resolution)
+        for source, _, output in files:
+            edit_file(model, source, output, args, settings | {"edit": "\n".join(args.edit)})
 
 
 if __name__ == "__main__":

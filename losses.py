@@ -2,7 +2,7 @@
 
 E_x is the CLIP embedding of image or text x, A^(i) the attention map of layer i.  Images are
 (B, 3, H, W) in [-1, 1].  Every loss is a mean over the batch.  To try a loss of your own: write a
-function, add a line to `cycle_losses` and an entry to WEIGHTS; `train.py --weights` sets its weight.
+function, add a line to `cycle_losses` and an entry to WEIGHTS; `train.py --weights` changes it.
 """
 import torch
 import torch.nn.functional as F

@@ -1,12 +1,10 @@
-"""Sources of large data sets, and `open_source`, which says what a --data is.
+"""Sources of large data sets, and `open_data`, which finds out what the arguments name.
 
-    "cc3m/{00000..00331}.tar"   webdataset shards, as img2dataset writes them: KEY.jpg, KEY.txt (the
-                                caption), KEY.json
-    clip-filtered-dataset       InstructPix2Pix's own tree: seeds.json, DIRECTORY/prompt.json,
-                                DIRECTORY/SEED_0.jpg, SEED_1.jpg
+    "cc3m/{00000..00331}.tar"   shards of img2dataset: KEY.jpg, KEY.txt (the caption), KEY.json
+    clip-filtered-dataset       InstructPix2Pix's tree: seeds.json, DIR/prompt.json, DIR/SEED_0.jpg
 
-A side file (--texts) has the texts that these lack, one JSON object a line, whose "key" is the KEY
-of a shard, the DIRECTORY, or the "key" of a line of a folder's metadata.jsonl.
+A side file (--texts) has the texts that these lack, one JSON object a line, whose "key" is the KEY,
+the DIR, or the "key" of a line of a folder's metadata.jsonl.
 """
 import itertools
 import json
@@ -39,26 +37,20 @@ def open_source(path, split, resolution, seed=0, pairs=False, side={}):
 
 
 def open_data(args):
-    """The training and the validation data of the arguments of train.py."""
+    """The training and the validation data that the arguments of train.py name."""
     if args.texts and args.data == ["toy"]:
         raise ValueError("--texts has no effect with --data toy")
     if "toy" in args.data and args.resolution != toy.SIZE:
         raise ValueError(f"--data toy has images of --resolution {toy.SIZE}")
-    side = read_texts(args.texts) if args.texts else {}
+    side, pairs = read_texts(args.texts) if args.texts else {}, args.objective == "ip2p"
 
     def open_mix(sources, split):
-        opened, weights = [], []
-        for source in sources:
-            path, weight = named_float(source) if "=" in source else (source, 1.0)
-            opened.append(open_source(path, split, args.resolution, args.seed,
-                                      args.objective == "ip2p", side))
-            weights.append(weight)
-        return Mix(opened, weights)
-
+        named = [named_float(source) if "=" in source else (source, 1.0) for source in sources]
+        return Mix([open_source(path, split, args.resolution, args.seed, pairs, side)
+                    for path, _ in named], [weight for _, weight in named])
     validation = open_mix([args.validation] if args.validation else args.data, "validation")
     if not args.validation and any(isinstance(s, (Folder, Shards)) for s in validation.sources):
-        print("validation on the training data itself, which has no split of its own: "
-              "--validation names other data")
+        print("validation on the training data, which has no split of its own: see --validation")
     return open_mix(args.data, "train"), validation
 
 
@@ -133,7 +125,7 @@ def expand(pattern):
 
 
 def key_and_kind(name):
-    """The name of a member up to the first dot of its last part, and what follows the dot."""
+    """The name of a member up to the first dot of its last part, and what follows that dot."""
     key = re.sub(r"\.[^/]*$", "", name)
     return key, name[len(key) + 1:].lower()
 
@@ -168,8 +160,8 @@ class Shards(Source):
                 raise ValueError(f"{self.pattern} has no {what}")
 
     def samples(self, shards, start):
-        """(name, {kind: bytes} or what is wrong, edits of the side file) for each sample of some
-        shards; None for the first `start`."""
+        """(name, {kind: bytes} or what is wrong, edits of the side file) of each sample; None for
+        the first `start`."""
         count = itertools.count()
         for shard in shards:
             try:
@@ -202,13 +194,12 @@ class Shards(Source):
         caption = files.get("txt", b"").decode(errors="replace")
         edits = read_edits({"text": caption} | row, more, self.needed)
         kind = next(kind for kind in IMAGES if kind in files)
-        image = load_image(f"its .{kind}", files[kind])
-        return rng.choice(edits), [without_border(image, row)]
+        return rng.choice(edits), [without_border(load_image(f"its .{kind}", files[kind]), row)]
 
 
 def without_border(image, row):
-    """Cuts off the white with which img2dataset makes images square (its default), because the
-    reconstruction would learn it.  row: the .json of the sample, which has the original shape."""
+    """Cuts off the white with which img2dataset makes images square, because the reconstruction
+    would learn it.  row: the sample's .json, which has the original shape."""
     width, height = row.get("original_width"), row.get("original_height")
     known = all(isinstance(length, int) and length > 0 for length in (width, height))
     side = image.shape[1]

@@ -1,4 +1,4 @@
-"""The toy world: small scenes of coloured shapes, with captions, instructions and TRUE edited images.
+"""The toy world: scenes of coloured shapes, with captions, instructions and TRUE edited images.
 
 A scene is a description; `render` turns descriptions into pixels.  Because an edit changes the
 description, the edited image and its caption are exact: the truth that no real data set has.

@@ -90,6 +90,7 @@ def parse(argv):
     for name, row in SETTINGS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, row[column])
+    args.clip = None if supervised else args.clip
     args.precision = args.precision or default_precision(args.device)
     return p, args
 
@@ -178,14 +179,15 @@ def add_gradients(run, model, clip, loader, scaler, args):
         losses = compute_losses(model, clip, batch, args, generator, run.step < args.warmup)
         scaler.scale(losses["loss"] / args.accumulate).backward()
         for name, loss in losses.items():
-            run.losses.setdefault(name, []).append(loss.detach())
-            mean_of_processes([run.losses[name][-1]])
+            loss = loss.detach()
+            mean_of_processes([loss])
+            run.losses.setdefault(name, []).append(loss.item())
 
 
 @torch.no_grad()
 def update_average(average, unet, step, steps=1):
-    """The moving average of a UNet, after `step` steps, `steps` since the last update.  Its decay
-    is InstructPix2Pix's: min(DECAY, (1 + n) / (10 + n))."""
+    """The moving average of a UNet after `step` steps, `steps` since its last update; its decay is
+    InstructPix2Pix's, min(DECAY, (1 + n) / (10 + n))."""
     decay = min(DECAY, (1 + step) / (10 + step)) ** steps
     for a, weight in zip(average.parameters(), unet.parameters()):
         if weight.requires_grad:
@@ -271,9 +273,9 @@ def train(args):
 
 
 def main(argv=None):
-    rank, processes = start_processes()
+    processes = start_processes()                       # before anything else uses a GPU
     p, args = parse(argv)
-    args.rank, args.processes = rank, processes
+    args.rank, args.processes = processes
     with errors(p, args, "choose a smaller --batch-size, or --train cross-attention"):
         train(args)
 

@@ -40,9 +40,8 @@ def inflate_conv_in(config, state):
     return config, state
 
 
-def check_size(what, x, levels):
-    """ValueError unless height and width of x (B, C, H, W) can be halved levels - 1 times."""
-    multiple = 2 ** (levels - 1)
+def check_size(what, x, multiple):
+    """ValueError unless height and width of x (B, C, H, W) are multiples of a number."""
     height, width = x.shape[-2:]
     if height % multiple or width % multiple:
         raise ValueError(f"{what} of {height}x{width}: both must be multiples of {multiple}")
@@ -53,9 +52,8 @@ def check_size(what, x, levels):
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions, each after a group norm and SiLU, with a residual around them.
 
-    x (B, in_channels, h, w), temb (B, time_dim) -> (B, out_channels, h, w)
-    The VAE has no timestep: its time_dim is None."""
-
+    x (B, in_channels, h, w), temb (B, time_dim) -> (B, out_channels, h, w); in the VAE, which has
+    no timestep, time_dim is None."""
     def __init__(self, in_channels, out_channels, time_dim, groups, eps):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
@@ -63,8 +61,9 @@ class ResnetBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.conv_shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv_shortcut = None
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, temb=None):
         y = self.conv1(F.silu(self.norm1(x)))                                 # (B, out, h, w)
@@ -136,7 +135,6 @@ class UNet(nn.Module):
 
     With `checkpointing`, training keeps only the input of each layer and computes the rest again in
     the backward pass: less memory, a third more time."""
-
     def __init__(self, config):
         super().__init__()
         self.config = c = {**SD15, **config}
@@ -192,16 +190,13 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(width, c["out_channels"], 3, padding=1)
 
     def forward(self, x, t, context, maps=None):
-        """Predicts the noise.
+        """Predicts the noise eps (B, 4, h, w).
 
         x: (B, 8, h, w), the noisy latents, then the image's; h, w multiples of 2^(levels - 1)
-        t: (B,), timesteps from 0 to 999
-        context: (B, L, D), the text encoder's last hidden state; L is 77, D 768
+        t: (B,), from 0 to 999; context: (B, L, D), the text encoder's last hidden state
         maps: None, or a list, to which every cross-attention layer appends its probabilities
-            (B, heads, h', w', L), in the order down, middle, up; they carry gradients
-        Returns eps (B, 4, h, w)."""
-        check_size("latents", x, len(self.down_blocks))
-        # Every residual block begins with the same SiLU of the embedding: once is enough.
+            (B, heads, h', w', L), in the order down, middle, up; they carry gradients"""
+        check_size("latents", x, 2 ** (len(self.down_blocks) - 1))
         temb = F.silu(self.time_embedding(t))                                 # (B, time_dim)
         x = self.conv_in(x)                                                   # (B, C0, h, w)
 

@@ -126,7 +126,7 @@ class VAE(nn.Module):
     def moments(self, images):
         """The posterior of images (B, 3, H, W) in [-1, 1]: mean and log-variance in [-30, 20], each
         (B, latent_channels, h, w).  H and W must be multiples of `factor`."""
-        check_size("image", images, len(self.encoder.down_blocks))
+        check_size("image", images, self.factor)
         parts = images.split(max(1, PIXELS // images[0, 0].numel()))      # bounds the memory
         moments = torch.cat([self.quant_conv(self.encoder(part)) for part in parts])
         mean, logvar = moments.chunk(2, dim=1)                                # (B, 4, h, w) each

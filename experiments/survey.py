@@ -1,11 +1,11 @@
 """The paper's user study: a page that shows people edits by several methods, blind, and the count of their answers.
 
-    python survey.py page MagicBrush/test --outputs uip2p ip2p hive --output survey.html      # and survey-key.json
-    python survey.py tally answers-*.json --key survey-key.json
+    python -m experiments.survey page MagicBrush/test --outputs uip2p ip2p hive --output survey.html
+    python -m experiments.survey tally answers-*.json --key survey-key.json
 
-The page is one file without links: send it, open it, choose, and send back the answers that it saves.  It holds no name of
-a method: who made which image is in the key alone, which stays at home.  The folders of --outputs are named as in the first
-lines of protocols.py; `evaluate.py magicbrush` makes them.
+The page is one file without links: send it, open it, choose, and send back the answers that it saves.  It holds no name
+of a method: who made which image is in the key alone, survey-key.json, which stays at home.  The folders of --outputs
+are named as in the first lines of published.py, whose `magicbrush` makes them.
 """
 import argparse
 import base64
@@ -20,77 +20,89 @@ from pathlib import Path
 
 from PIL import Image
 
-from cli import Parser, positive_int, replace_file, seed_int
+from cli import Parser, errors, positive_int, replace_file, seed_int
 from data import parse_json
+from experiments.published import read_magicbrush
 from pictures import LARGEST, load_image, to_pil
-from protocols import read_magicbrush
 
-TEMPLATE = Path(__file__).resolve().parent / "docs/survey.html"
-QUESTIONS = {"instruction": "follows the instruction best", "preservation": "keeps best what the instruction does not name"}
+TEMPLATE = Path(__file__).with_name("survey.html")
+QUESTIONS = {"instruction": "follows the instruction best",
+             "preservation": "keeps best what the instruction does not name"}
 
 
-# ---- the page ------------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 def picture(path, size=None):
-    """An image as <img>, at most LARGEST pixels or of `size`, encoded anew: without the file's name or what it says of itself."""
+    """An image as <img>, at most LARGEST pixels or of `size`.  It is encoded anew: it says nothing of itself."""
     image, file = to_pil(load_image(path)), io.BytesIO()
-    image = image.resize(size, Image.Resampling.LANCZOS) if size else image
+    if size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
     image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     image.save(file, "JPEG", quality=95, subsampling=0)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">', image.size
+    content = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{content}">', image.size
+
+
+def make_section(n, turn, options):
+    """The HTML of the n-th edit; options: {random name: the folder of a method}."""
+    shown, size = picture(turn.input)
+    figures = []
+    for option in sorted(options):             # an order that says nothing
+        output, _ = picture(options[option] / turn.output("single-turn"), size)
+        boxes = [f'<label><input type="checkbox" data-question="{question}" value="{option}">{text}</label>'
+                 for question, text in QUESTIONS.items()]
+        figures.append(f"<figure>{output}{''.join(boxes)}</figure>")
+    return (f'<section data-item="{n}"><h2>{html.escape(turn.instruction)}</h2>\n<figure>{shown}the input</figure>\n'
+            f'<div class="options">{"".join(figures)}</div></section>')
 
 
 def make_page(turns, folders, seed):
-    """The page of the single turns' outputs in several folders, and its key: {"survey", "pick", "items": [{"turn", "options"}]}.
+    """The page of the single turns' outputs in several folders, and its key, a dict.
 
-    Options have random names of their own in each item; the page shuffles items and options once more for each person."""
+    Options have random names of their own in each edit; the page shuffles edits and options for each person."""
     rng, items, sections = random.Random(seed), [], []
     for n, turn in enumerate(turns):
         options = {f"{rng.getrandbits(40):010x}": folder for folder in folders}
-        shown, size = picture(turn.input)
-        figures = []
-        for option in sorted(options):                        # an order that says nothing
-            boxes = "".join(f'<label><input type="checkbox" data-question="{question}" value="{option}">{text}</label>'
-                            for question, text in QUESTIONS.items())
-            figures.append(f"<figure>{picture(options[option] / turn.output('single-turn'), size)[0]}{boxes}</figure>")
-        sections.append(f'<section data-item="{n}"><h2>{html.escape(turn.instruction)}</h2>\n<figure>{shown}the input</figure>\n'
-                        f'<div class="options">{"".join(figures)}</div></section>')
-        items.append({"turn": turn.target.name, "options": {option: str(folder) for option, folder in options.items()}})
-    pick, page = min(2, len(folders) - 1), TEMPLATE.read_text()           # the paper asks for the best two of six
+        sections.append(make_section(n, turn, options))
+        items.append({"turn": turn.target.name, "options": {option: str(f) for option, f in options.items()}})
+    pick = min(2, len(folders) - 1)            # the paper asks for the best two of six
     survey = hashlib.sha256("".join(sections).encode()).hexdigest()[:16]
+    page = TEMPLATE.read_text()
     for name, value in (("SURVEY", survey), ("PICK", str(pick)), ("SECTIONS", "\n".join(sections))):
         page = page.replace("{{" + name + "}}", value)
     return page, {"survey": survey, "pick": pick, "items": items}
 
 
 def write_page(args):
-    key = args.output.with_name(f"{args.output.stem}-key.json")
+    key, folders = args.output.with_name(f"{args.output.stem}-key.json"), sorted(set(args.outputs))
     if args.output.suffix != ".html":
         raise ValueError(f"--output {args.output}: give the name of an .html file")
-    if taken := [path for path in (args.output, key) if path.exists()]:
-        raise ValueError(f"{taken[0]} exists already; answers to it would be lost: choose another --output")
-    if len(set(args.outputs)) < 2:
+    for path in (args.output, key):
+        if path.exists():
+            raise ValueError(f"{path} exists already; answers to it would be lost: choose another --output")
+    if len(folders) < 2:
         raise ValueError("--outputs: give two folders or more, of different methods")
-    turns = [turn for session in read_magicbrush(args.data) for turn in session]
+    turns = sum(read_magicbrush(args.data), [])
     turns = random.Random(args.seed).sample(turns, min(args.edits, len(turns)))
     for folder in args.outputs:
         for turn in turns:
             if not (folder / turn.output("single-turn")).is_file():
                 raise ValueError(f"--outputs: {folder / turn.output('single-turn')} is missing")
-    page, answers = make_page(turns, sorted(set(args.outputs)), args.seed)
+    page, answers = make_page(turns, folders, args.seed)
     replace_file(key, lambda temporary: temporary.write_text(json.dumps(answers, indent=1)))
     replace_file(args.output, lambda temporary: temporary.write_text(page))
-    print(f"seed {args.seed}, {len(turns)} edits by {len(set(args.outputs))} methods, the best {answers['pick']} are chosen\n"
+    print(f"seed {args.seed}, {len(turns)} edits by {len(folders)} methods, the best {answers['pick']} are chosen\n"
           f"{args.output}: send this\n{key}: keep this")
 
 
-# ---- the count -----------------------------------------------------------------------------------------------------------
+# ---- the count -------------------------------------------------------------------------------------------------------
 
 def wilson(chosen, shown, z=1.96):
     """Wilson's 95 % interval of a rate, `chosen` times of `shown`."""
     rate = chosen / shown
-    middle, half = rate + z * z / (2 * shown), z * sqrt(rate * (1 - rate) / shown + z * z / (4 * shown * shown))
-    return tuple((middle + sign * half) / (1 + z * z / shown) for sign in (-1, 1))
+    middle = rate + z * z / (2 * shown)
+    half = z * sqrt(rate * (1 - rate) / shown + z * z / (4 * shown * shown))
+    return (middle - half) / (1 + z * z / shown), (middle + half) / (1 + z * z / shown)
 
 
 def read(path):
@@ -102,8 +114,21 @@ def read(path):
         raise ValueError(f"{path}: {error}") from None
 
 
+def chosen_methods(file, answers, key, n, question):
+    """The methods that a file of answers chooses in the n-th edit.  ValueError unless they are as many as asked for."""
+    options = key["items"][n]["options"]
+    try:
+        picked = answers["answers"][str(n)][question]
+        methods = {options[option] for option in picked}
+    except (KeyError, TypeError):
+        raise ValueError(f"{file} has no answer, or an unknown one, to question {question!r} of edit {n}") from None
+    if len(methods) != key["pick"] or len(picked) != key["pick"]:
+        raise ValueError(f"{file}: {len(picked)} options are chosen in edit {n}, not {key['pick']}")
+    return methods
+
+
 def count(key, files):
-    """{question: Counter of how often each method was chosen} from a key and files of answers, each of which must be whole."""
+    """{question: Counter of how often each method was chosen} from a key and files of answers."""
     chosen, people = {question: Counter() for question in QUESTIONS}, set()
     for file in files:
         answers = read(file)
@@ -113,15 +138,8 @@ def count(key, files):
             raise ValueError(f"{file} has the answers of another file once more")
         people.add(str(answers.get("person")))
         for question, counter in chosen.items():
-            for n, item in enumerate(key["items"]):
-                try:
-                    picked = answers["answers"][str(n)][question]
-                    methods = {item["options"][option] for option in picked}
-                except (KeyError, TypeError):
-                    raise ValueError(f"{file} has no answer, or an unknown one, to question {question!r} of edit {n}") from None
-                if len(methods) != key["pick"] or len(picked) != key["pick"]:
-                    raise ValueError(f"{file}: {len(picked)} options are chosen in edit {n}, not {key['pick']}")
-                counter.update(methods)
+            for n in range(len(key["items"])):
+                counter.update(chosen_methods(file, answers, key, n, question))
     return chosen
 
 
@@ -131,27 +149,30 @@ def tally(args):
         raise ValueError(f"--key {args.key} is no key of a survey")
     shown = len(args.answers) * len(key["items"])
     methods = sorted(key["items"][0]["options"].values())
-    print(f"{len(args.answers)} people, {len(key['items'])} edits, the best {key['pick']} of {len(methods)}; chance is "
-          f"{1 / len(methods):.1%}.  Share of all choices, with Wilson's 95 % interval, which takes all answers as independent.")
-    print(f"\n| method | {' | '.join(QUESTIONS)} |\n|---|---|---|")
     chosen = count(key, args.answers)
+    print(f"{len(args.answers)} people, {len(key['items'])} edits, the best {key['pick']} of {len(methods)}; chance is "
+          f"{1 / len(methods):.1%}.  Share of all choices, with Wilson's 95 % interval, which takes all answers as "
+          f"independent.\n\n| method | {' | '.join(QUESTIONS)} |\n|---|---|---|")
     for method in methods:
         cells = []
         for question in QUESTIONS:
-            # a method is chosen or not each time it is shown; all shares together are 1
-            share = [rate / key["pick"] for rate in (chosen[question][method] / shown, *wilson(chosen[question][method], shown))]
-            cells.append("{:.1%} ({:.1%} to {:.1%})".format(*share))
+            times = chosen[question][method]
+            rates = times / shown, *wilson(times, shown)
+            # A method is chosen or not each time it is shown; the shares of all methods together are 1.
+            share, low, high = [rate / key["pick"] for rate in rates]
+            cells.append(f"{share:.1%} ({low:.1%} to {high:.1%})")
         print(f"| {method} | {' | '.join(cells)} |")
     print("| UIP2P, published (52 people, 15 edits, two of six) | 22% | 20% |\n| IP2P, published | 8% | 12% |")
 
 
 def main(argv=None):
-    main = Parser("survey.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    main = Parser("experiments.survey", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = main.add_subparsers(dest="command", required=True)
     p = commands.add_parser("page", help="make the page and its key")
     p.add_argument("data", help="MagicBrush's test")
     p.add_argument("--outputs", nargs="+", type=Path, required=True, help="folders of methods' images")
-    p.add_argument("--output", type=Path, default=Path("survey.html"), help="an .html file; its key is beside it (%(default)s)")
+    p.add_argument("--output", type=Path, default=Path("survey.html"),
+                   help="an .html file; its key is beside it (%(default)s)")
     p.add_argument("--edits", type=positive_int, default=15, help="how many, drawn from all turns (%(default)s)")
     p.add_argument("--seed", type=seed_int, default=0, help="of the edits and of the options' names (%(default)s)")
     p.set_defaults(run=write_page)
@@ -160,10 +181,8 @@ def main(argv=None):
     p.add_argument("--key", type=Path, default=Path("survey-key.json"), help="(%(default)s)")
     p.set_defaults(run=tally)
     args = main.parse_args(argv)
-    try:
+    with errors(main, args):
         args.run(args)
-    except (ValueError, OSError) as error:
-        main.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""What the truth of the toy world says of edited images: how far they are from the true edit, inside its mask and outside, and
-whether the attention maps point there.  evaluate.py and claims.py print it.
+"""What the truth of the toy world says of edited images: how far they are from the true edit, inside its mask and
+outside, and whether the attention maps point there.  evaluate.py and claims.py print it.
 """
 import torch
 from torch.nn.functional import cosine_similarity
 
 import toy
-from uip2p import edit_map
+from losses import edit_region
+
+
+def edit_mask(images, edited):
+    """Where an edit changes an image: (B, 3, H, W) twice -> bool (B, 1, H, W)."""
+    return (images - edited).abs().amax(1, keepdim=True) > 0.06
 
 
 def nearest_truth(edits, outputs):
@@ -13,46 +18,58 @@ def nearest_truth(edits, outputs):
     truths = []
     for edit, output in zip(edits, outputs):
         candidates = toy.render(toy.truths(edit))
-        truths.append(candidates[(candidates - output).abs().mean((1, 2, 3)).argmin()])
+        distances = (candidates - output).abs().mean((1, 2, 3))
+        truths.append(candidates[distances.argmin()])
     return torch.stack(truths)
 
 
-@torch.no_grad()
-def judge(edits, images, outputs, scorer):
-    """Scores edited images by the truth: a dict of tensors (B,).  L1 and L2 in the range 0-1; `scorer` is a CLIP.
+def mean_inside(values, mask):
+    """The mean of values (B, 3, H, W) where the mask (B, 1, H, W) is true: (B,)."""
+    return (values * mask).sum((1, 2, 3)) / (3 * mask.sum((1, 2, 3))).clamp_min(1)
 
-    done: CLIP finds the output nearer to the edited caption than to the input's.
-    right: inside the edit's mask, the output is nearer to the true edit than to the input."""
+
+def iou(a, b):
+    """Intersection over union of masks (B, H, W): (B,)."""
+    return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp_min(1)
+
+
+@torch.no_grad()
+def judge(edits, images, outputs, clip):
+    """Scores edited images (B, 3, S, S) by the truth: a dict of tensors (B,).  clip: a ClipScorer.
+
+    L1, L2: the distance to the true edit, in the range 0 to 1; inside and outside: L1 there, by the edit's mask.
+    done: 1 if CLIP finds the output nearer to the edited caption than to the input's.
+    right: 1 if inside the mask the output is nearer to the true edit than to the input.
+    CLIP-I, CLIP-T, direction: cosines, with the true edit, the edited caption, and the change of the caption."""
     truth = nearest_truth(edits, outputs)
-    mask = toy.edit_mask(images, truth)
-    def mean(values, where):
-        return (values * where).sum((1, 2, 3)) / (where.sum((1, 2, 3)) * 3).clamp_min(1)
-    error = (outputs - truth).abs() / 2
-    E_input, E_output = scorer.embed_images(images), scorer.embed_images(outputs)
-    E_caption = scorer.embed_texts([e.scene.caption for e in edits])
-    E_edited = scorer.embed_texts([e.edited.caption for e in edits])
-    return {"L1": error.mean((1, 2, 3)), "L2": error.square().mean((1, 2, 3)),
-            "inside": mean(error, mask), "outside": mean(error, ~mask),
-            "done": ((E_output * E_edited).sum(1) > (E_output * E_caption).sum(1)).float(),
-            "right": (mean(error, mask) < mean((outputs - images).abs() / 2, mask)).float(),
-            "CLIP-I": (E_output * scorer.embed_images(truth)).sum(1),
-            "CLIP-T": (E_output * E_edited).sum(1),
-            "direction": cosine_similarity(E_output - E_input, E_edited - E_caption)}
+    mask = edit_mask(images, truth)
+    error, change = (outputs - truth).abs() / 2, (outputs - images).abs() / 2
+    E_input, E_output, E_truth = clip.embed_images(torch.cat([images, outputs, truth])).chunk(3)
+    E_caption = clip.embed_texts([e.scene.caption for e in edits])
+    E_edited_caption = clip.embed_texts([e.edited.caption for e in edits])
+    match, old_match = (E_output * E_edited_caption).sum(1), (E_output * E_caption).sum(1)
+    return {"L1": error.mean((1, 2, 3)),
+            "L2": error.square().mean((1, 2, 3)),
+            "inside": mean_inside(error, mask),
+            "outside": mean_inside(error, ~mask),
+            "done": (match > old_match).float(),
+            "right": (mean_inside(error, mask) < mean_inside(change, mask)).float(),
+            "CLIP-I": (E_output * E_truth).sum(1),
+            "CLIP-T": match,
+            "direction": cosine_similarity(E_output - E_input, E_edited_caption - E_caption)}
 
 
 def judge_attention(model, edits, images, outputs):
-    """Whether the attention maps point at the true edit: a dict of tensors (B,), of A_f and of A_r.
+    """Whether the attention maps A_f and A_r point at the true edit: a dict of tensors (B,).
 
-    IoU: of the true mask and what of the map is above half of its range; pointing: whether its largest value is in the mask;
+    IoU: of the true mask and what is above half of the map's range; pointing: 1 if the largest value is in the mask;
     agreement: the IoU of A_f and A_r; mask: the true one's share of the image, which a point at random would hit."""
-    mask = toy.edit_mask(images, nearest_truth(edits, outputs))[:, 0]                     # (B, S, S)
-    # what each edit leads to is noised, to the middle of the schedule
-    maps = {"A_f": edit_map(model, images, outputs, [e.instruction for e in edits]).cpu(),
-            "A_r": edit_map(model, outputs, images, [e.reverse_instruction for e in edits]).cpu()}
-    def iou(a, b):
-        return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp_min(1)
-    marked = {name: region > .5 for name, region in maps.items()}
-    scores = {"agreement": iou(*marked.values()), "mask": mask.float().mean((1, 2))}
+    mask = edit_mask(images, nearest_truth(edits, outputs))[:, 0]                         # (B, S, S)
+    forward, back = [e.instruction for e in edits], [e.reverse_instruction for e in edits]
+    maps = {"A_f": edit_region(model, images, outputs, forward).cpu(),                    # (B, S, S) each
+            "A_r": edit_region(model, outputs, images, back).cpu()}
+    marked = {name: region > 0.5 for name, region in maps.items()}
+    scores = {"agreement": iou(marked["A_f"], marked["A_r"]), "mask": mask.float().mean((1, 2))}
     for name, region in maps.items():
         highest = region.flatten(1).argmax(1, keepdim=True)
         scores[f"{name} IoU"] = iou(marked[name], mask)

@@ -1,13 +1,15 @@
-"""Writes the texts of edits (table 1 of the paper) for captions, with a local language model; the paper's is a Gemma 2.
+"""Writes the texts of edits (table 1 of the paper) for captions, with a local language model.  The paper's is Gemma 2.
 
-    python instructions.py --input captions.txt --output edits.jsonl                               # a caption a line
-    python instructions.py --input photos/captions.jsonl --edits 4 --output photos/metadata.jsonl  # "image" is kept
-    python instructions.py --input 'cc3m/{00000..00331}.tar' --output cc3m.jsonl                   # with "key": img2dataset
-    python instructions.py --input ip2p.jsonl --reverse-only --output reversed.jsonl               # edits without a reverse
+    python -m prepare.instructions --input captions.txt --output edits.jsonl                 # a caption a line
+    python -m prepare.instructions --input photos/captions.jsonl --edits 4 \\
+        --output photos/metadata.jsonl                                # keeps "image", so that the folder is a data set
+    python -m prepare.instructions --input 'cc3m/{00000..00331}.tar' --output cc3m.jsonl     # with "key": img2dataset's
+    python -m prepare.instructions --input ip2p.jsonl --reverse-only --output reversed.jsonl # edits without a reverse
 
-The prompt is docs/instructions_prompt.txt: the task, and examples, which also say what kinds of edit there are.  Every
-answer is checked; after four bad ones the edit goes to OUTPUT.rejects with the last answer and the reason.  OUTPUT.part
-holds what is done until all is: the same command goes on from there.  Only safetensors are read, and no model's code is run.
+The prompt is instructions_prompt.txt, beside this file: the task, and examples, which also say what kinds of edit there
+are.  Every answer is checked.  After four bad ones the edit goes to OUTPUT.rejects, with the last answer and the
+reason.  OUTPUT.part holds what is done until all is: the same command goes on from there.  Only safetensors are read,
+and no code that comes with a model is run.
 """
 import argparse
 import json
@@ -16,122 +18,159 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from itertools import count, groupby, islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cli import Parser, device, non_negative_float, positive_int, quiet_transformers, replace_file, seed_int
-from data import LARGEST, NAMES, TEXTS, expand, key_and_kind, parse_json
+from cli import Parser, default_device, device, errors, non_negative_float, positive_int, replace_file, seed_int
+from data import NAMES, TEXTS, parse_json
+from shards import LARGEST, expand, key_and_kind
 
-PROMPT = Path(__file__).resolve().parent / "docs/instructions_prompt.txt"
-TRIES, RETRY_TEMPERATURE = 4, .7                              # greedy decoding would only repeat a rejected answer
-ROUND = 8                                                     # batches that are kept together, to ask again in batches
-NEW_TOKENS = 256                                              # three texts of the length that CLIP reads
+PROMPT = Path(__file__).resolve().parent / "instructions_prompt.txt"
+TRIES, RETRY_TEMPERATURE = 4, 0.7         # without sampling, a model would only repeat the answer that was rejected
+ROUND = 8                                 # batches that are kept together: so bad answers are asked again in batches
+NEW_TOKENS = 256                          # of an answer: three texts of the length that CLIP reads
 
-# CLIP reads 75 tokens.  Its tokenizer would be a download; its vocabulary has most English words whole, so 50 words and
-# punctuation marks leave half as many again for those that it splits
+# CLIP reads 75 tokens.  Its tokenizer would have to be downloaded.  Its vocabulary has most English words whole, so 50
+# words and punctuation marks leave half as many again for the words that it splits.
 LONGEST = 50
-MARKUP = re.compile(r"[`*<>{}\[\]()|\\#_%\ud800-\udfff]|^\W|^\d+[.)]|^(\w+ )?(instruction|caption|answer|edit|reverse)s?:",
-                    re.IGNORECASE)                            # \ud800-\udfff: half of a character
+# The last two codes are the ends of the range of half characters.
+MARKUP = re.compile(r"[`*<>{}\[\]()|\\#_%\ud800-\udfff]|^\W|^\d+[.)]"
+                    r"|^(\w+ )?(instruction|caption|answer|edit|reverse)s?:", re.IGNORECASE)
 REMOVAL = re.compile(r"(remove|delete|erase|eliminate|clear|get rid|take\b.*\b(off|away|out))\b", re.IGNORECASE)
 EARLIER = set("""back undo undone unedited revert restore restored return reset recover again before earlier was were
     original originally previous previously former formerly initial initially anymore""".split())
-# words that a caption need not say for a reverse instruction to use them
-GENERIC = set("""a an the this that these those it its he him his she her they them their one some and or of to in on at
+# Words that a reverse instruction may use although no caption says them.
+GENERIC = set("""a an the this that these those it its he him his her she they them their one some and or of to in on at
     by for from with into onto out off up away rid as is are be s look like color colour image picture scene background
     style""".split())
 
 
-# ---- captions ------------------------------------------------------------------------------------------------------------
+# ---- captions ------------------------------------------------------------------------------------------------------
 
 def find_files(patterns):
     """The paths of --input: names, patterns like cc3m/*.tar, ranges like cc3m/{00000..00331}.tar."""
-    paths = [Path(path) for pattern in patterns for path in expand(pattern)]
+    paths = []
+    for pattern in patterns:
+        paths += [Path(path) for path in expand(pattern)]
     for path in paths:
         if path.suffix not in (".txt", ".jsonl", ".tar") or not path.is_file():
             raise ValueError(f"--input {path}: there is no such .txt, .jsonl or .tar file")
     return paths
 
 
+def read_shard(path):
+    """The key and the caption of each sample of a shard, from KEY.txt or, if there is none, KEY.json."""
+    with tarfile.open(path, "r:") as tar:
+        files = (member for member in tar if member.isfile())
+        for key, members in groupby(files, lambda member: key_and_kind(member.name)[0]):
+            texts = {}
+            for member in members:
+                kind = key_and_kind(member.name)[1]
+                if kind in ("txt", "json"):
+                    texts[kind] = tar.extractfile(member).read(LARGEST)
+            if "txt" in texts:
+                caption = texts["txt"].decode()
+            else:
+                caption = parse_json(texts.get("json", "{}")).get("caption")
+            yield {"key": key, "caption": caption}
+
+
 def read_rows(path):
-    """What a file says, image by image, as dicts: a line of text, an object of JSON, KEY.txt or KEY.json of a shard."""
+    """What a file says, image by image, as dicts: of a sample of a shard, a line of text, or an object of JSON."""
     if path.suffix == ".tar":
-        with tarfile.open(path, "r:") as tar:
-            files = (member for member in tar if member.isfile())
-            for key, members in groupby(files, lambda member: key_and_kind(member.name)[0]):
-                texts = {kind: tar.extractfile(m).read(LARGEST) for m in members
-                         if (kind := key_and_kind(m.name)[1]) in ("txt", "json")}
-                caption = texts["txt"].decode() if "txt" in texts else parse_json(texts.get("json", "{}")).get("caption")
-                yield {"key": key, "caption": caption}
-    else:
-        with open(path, "rb") as file:
-            for line in file:
-                yield {"caption": line.decode()} if path.suffix == ".txt" else parse_json(line)
+        yield from read_shard(path)
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            yield {"caption": line.decode()} if path.suffix == ".txt" else parse_json(line)
+
+
+def rename(row, given, may_lack):
+    """A row in which the `given` texts have our names and are on one line each.  ValueError for a text that is not
+    there, unless the row may lack it: then it is None."""
+    for field in given:
+        names = NAMES[field][::-1]
+        found = [name for name in names if isinstance(row.get(name), str) and row[name].strip()]
+        if not found and field not in may_lack:
+            raise ValueError(f"no text for {' or '.join(names)}")
+        row[field] = " ".join(row.pop(found[0]).split()) if found else None
+    return row
 
 
 def read_captions(paths, given):
-    """The rows of all files, with the `given` texts under our names and on one line.  A sample of a shard or a line of
-    text without caption is passed over, as the web has such; any other text that is not there is a ValueError."""
+    """The rows of all files, with the `given` texts under our names.  A sample of a shard or a line of text without a
+    caption is passed over, as the web has such samples.  Any other text that is missing is a ValueError."""
     for path in paths:
-        rows = read_rows(path)
-        for number in count(1):
-            try:
-                if (row := next(rows, None)) is None:
-                    break
-                for field in given:
-                    names = NAMES[field][::-1]
-                    name = next((n for n in names if isinstance(row.get(n), str) and row[n].strip()), None)
-                    if name is None and (path.suffix == ".jsonl" or field != "caption"):
-                        raise ValueError(f"no text for {' or '.join(names)}")
-                    row[field] = name and " ".join(row.pop(name).split())
-            except (ValueError, tarfile.TarError) as error:
-                raise ValueError(f"{path}, entry {number}: {error}") from None
-            if row["caption"]:
-                yield row
+        may_lack = () if path.suffix == ".jsonl" else ("caption",)
+        number = 1                                            # of the entry that is read now
+        try:
+            for row in read_rows(path):
+                row = rename(row, given, may_lack)
+                if row["caption"]:
+                    yield row
+                number += 1
+        except (ValueError, tarfile.TarError) as error:
+            raise ValueError(f"{path}, entry {number}: {error}") from None
 
 
-# ---- answers and their checks --------------------------------------------------------------------------------------------
+# ---- answers and their checks --------------------------------------------------------------------------------------
 
 def words(text):
     return re.findall(r"\w+", text.lower())
 
 
 def stems(text):
-    """How often each word that names something occurs, without its ending: {"mak": 1, "snow": 1} for "make it snowy"."""
-    endings = r"((?<=\w{3})(ies|es|s|y|ing|ed|e)|(?<=\w{4})en)$"                          # but grey is not green
-    stripped = [re.sub(endings, "", word) for word in words(text) if word not in GENERIC]
-    return Counter(re.sub(r"(.)\1$", r"\1", word) for word in stripped)                   # sunny, sun; dresses, dress
+    """How often each word that names something occurs, without its ending: "make it snowy" -> {"mak": 1, "snow": 1}."""
+    endings = r"((?<=\w{3})(ies|es|s|y|ing|ed|e)|(?<=\w{4})en)$"              # but grey is not green
+    counts = Counter()
+    for word in words(text):
+        if word not in GENERIC:
+            stem = re.sub(endings, "", word)
+            counts[re.sub(r"(.)\1$", r"\1", stem)] += 1                      # sunny, sun; dresses, dress
+    return counts
 
 
 def names_change(instruction, before, after):
-    """Whether an instruction names what it brings, a word that `after` has more often than `before`, or if it removes,
+    """Whether an instruction names what it brings, a word that `after` has more often than `before`; or if it removes,
     a word that `before` has more often."""
-    gone, come = stems(before) - stems(after), stems(after) - stems(before)
-    return bool(stems(instruction) & (gone if REMOVAL.match(instruction) else come))
+    if REMOVAL.match(instruction):
+        changed = stems(before) - stems(after)
+    else:
+        changed = stems(after) - stems(before)
+    return bool(stems(instruction) & changed)
 
 
 def check(edit):
     """Why an edit, a dict of the four TEXTS, is of no use for the cycle, or None.
 
-    The reverse instruction is carried out on the edited image alone.  So it may not speak of the time before, names
-    nothing that no other text names, and what it brings is something that the caption has and the edited caption lacks."""
-    caption, instruction, edited, reverse = texts = [edit[name] for name in TEXTS]
+    The reverse instruction is carried out on the edited image alone.  So it may not speak of the time before, and it
+    names nothing that no other text names.  What it brings is something that the caption has and the edited caption
+    lacks."""
+    texts = [edit[name] for name in TEXTS]
+    caption, instruction, edited, reverse = texts
+
+    # ---- the form of the texts
     if not all(text.strip() and "\n" not in text for text in texts):
         return "a text is empty or has several lines"
-    if any(match[0] not in caption for text in texts[1:] for match in MARKUP.finditer(text)):        # CC12M has <PERSON>
-        return "markup is left in a text"
+    for text in texts[1:]:
+        if any(match[0] not in caption for match in MARKUP.finditer(text)):   # CC12M has <PERSON>
+            return "markup is left in a text"
     if any(len(re.findall(r"\w+|[^\w\s]", text)) > LONGEST for text in texts):
         return "a text is longer than CLIP reads"
     if words(caption) == words(edited):
         return "the captions are alike"
     if words(instruction) == words(reverse):
         return "edit and reverse are alike"
+
+    # ---- what they say
     if set(words(reverse)) & EARLIER - set(words(caption)) - set(words(edited)):          # the back seat is no time
         return "the reverse speaks of the time before the edit"
-    if set(stems(" ".join(words(reverse)[1:]))) - set(stems(" ".join(texts[:3]))):        # [1:]: it begins with its verb
+    named = stems(" ".join(words(reverse)[1:]))                               # it begins with its verb
+    if set(named) - set(stems(" ".join(texts[:3]))):
         return "the reverse names what no other text names"
     if not names_change(reverse, edited, caption):
         return "the reverse does not name what it brings or removes"
@@ -141,19 +180,22 @@ def check(edit):
 
 
 def judge(answer, job, wanted):
-    """A model's answer -> (None, the edit) if it is good, else (reason, the job with the answer)."""
+    """A model's answer -> (None, the edit) if it is good, otherwise (the reason, the job with the answer)."""
+    start = max(answer.find("{"), 0)                          # models like to write ```json before it
     try:
-        fields = parse_json(answer[max(answer.find("{"), 0):])                            # models like ```json before it
-        if set(fields) != set(wanted):
+        texts = parse_json(answer[start:])
+        if set(texts) != set(wanted):
             raise ValueError
-        edit = job | {name: text.strip() for name, text in fields.items()}
+        edit = job | {name: text.strip() for name, text in texts.items()}
         reason = check(edit)
     except (ValueError, AttributeError):
         reason = "not one JSON object of the texts asked for"
-    return (reason, job | {"reason": reason, "answer": answer}) if reason else (None, edit)
+    if reason:
+        return reason, job | {"reason": reason, "answer": answer}
+    return None, edit
 
 
-# ---- prompts and the language model --------------------------------------------------------------------------------------
+# ---- prompts and the language model --------------------------------------------------------------------------------
 
 def show(edit, names):
     """The form in which a prompt gives texts and a model answers."""
@@ -161,27 +203,28 @@ def show(edit, names):
 
 
 def read_prompt(given, wanted):
-    """The prompt file -> (the kinds of edit, the prompt up to the job); a line that begins with { is an example."""
+    """The prompt file -> (the kinds of edit, the prompt up to the job).  A line that begins with { is an example."""
     lines = PROMPT.read_text(encoding="utf-8").splitlines()
     task = "\n".join(line for line in lines if not line.startswith("{")).strip()
     try:
         examples = [parse_json(line) for line in lines if line.startswith("{")]
         shown = [f"Given: {show(example, given)}\nAnswer: {show(example, wanted)}\n\n" for example in examples]
-        return list(dict.fromkeys(example["kind"] for example in examples)), f"{task}\n\n{''.join(shown)}"
+        kinds = list(dict.fromkeys(example["kind"] for example in examples))
     except (ValueError, KeyError) as error:
         raise ValueError(f"{PROMPT}: an example is broken: {error}") from None
+    return kinds, f"{task}\n\n{''.join(shown)}"
 
 
 def load(path_or_id, device):
     """(model, tokenizer) of any causal language model in the hub's layout."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_id, padding_side="left", trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            path_or_id, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True)
-    except Exception as error:                                # transformers raises many kinds, and says what is wrong
+            path_or_id, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    except Exception as error:                # transformers raises many kinds, and says what is wrong
         raise ValueError(f"--model {path_or_id} cannot be loaded: {str(error)[:300]}") from None
-    if "}" not in tokenizer.get_vocab():                      # transformers makes an empty one where its files are missing
+    if "}" not in tokenizer.get_vocab():      # transformers makes an empty one where its files are missing
         raise ValueError(f"--model {path_or_id} has no tokenizer")
     if report["missing_keys"]:
         raise ValueError(f"--model {path_or_id} lacks weights: {min(report['missing_keys'])}")
@@ -192,26 +235,41 @@ def load(path_or_id, device):
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, temperature):
     """What the model answers to each of B prompts, up to the end of a JSON object."""
-    if tokenizer.chat_template:                               # one turn of the user: Gemma 2 knows no system role
+    if tokenizer.chat_template:               # one turn of the user: Gemma 2 knows no system role
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_dict=True,
                                                return_tensors="pt")
     else:
         inputs = tokenizer(prompts, padding=True, return_tensors="pt")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
     output = model.generate(**inputs.to(model.device), **sampling, max_new_tokens=NEW_TOKENS, stop_strings=["}"],
                             tokenizer=tokenizer)
     return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+def make_jobs(paths, kinds, args):
+    """What is known of each edit that a model shall complete: with --reverse-only all but the reverse instruction,
+    otherwise a caption and a kind of edit."""
+    given = TEXTS[:3] if args.reverse_only else TEXTS[:1]
+    for n, row in enumerate(read_captions(paths, given)):
+        if args.reverse_only:
+            yield row
+        else:
+            for kind in random.Random(f"{args.seed} {n}").sample(kinds, args.edits):
+                yield row | {"kind": kind}
+
 
 def resume(part, header, size, total):
-    """The number of edits that `part` holds, cut after its last whole round, as only a round can be repeated."""
+    """The number of edits that `part` holds.  It is cut after its last whole round, as only a round can be repeated."""
     if not part.exists():
         replace_file(part, lambda path: path.write_text(header, encoding="utf-8"))
     with open(part, "r+b") as file:
-        if (begun := file.readline().decode()) != header:
+        begun = file.readline().decode()
+        if begun != header:
             raise ValueError(f"{part} was begun by another command: {begun.strip()}; give that one, or remove the file")
         done, end = 0, file.tell()
         for number, line in enumerate(file, 1):
@@ -221,9 +279,51 @@ def resume(part, header, size, total):
     return done
 
 
+def ask(model, tokenizer, prompt, jobs, done, args, progress):
+    """Asks for the edits of a round, and again for those that are bad -> what `judge` says of each.
+
+    done: the number of edits before this round"""
+    given, wanted = fields(args)
+    results = [("not asked yet", None)] * len(jobs)
+    for attempt in range(TRIES):
+        # A seed for each try of a round: a run that was stopped ends as one that was not.
+        torch.manual_seed(random.Random(f"{args.seed} {done} {attempt}").getrandbits(63))
+        temperature = args.temperature
+        if attempt > 0 and temperature == 0:
+            temperature = RETRY_TEMPERATURE
+        rejected = [i for i, (reason, _) in enumerate(results) if reason]
+        for start in range(0, len(rejected), args.batch_size):
+            asked = rejected[start:start + args.batch_size]
+            prompts = [f"{prompt}Given: {show(jobs[i], given)}\nAnswer:" for i in asked]
+            for i, answer in zip(asked, generate(model, tokenizer, prompts, temperature)):
+                results[i] = judge(answer, jobs[i], wanted)
+                if results[i][0] is None or attempt == TRIES - 1:
+                    progress.update()
+    return results
+
+
+def fields(args):
+    """The names of the texts that a prompt gives, and of those that a model shall write."""
+    return (TEXTS[:3], TEXTS[3:]) if args.reverse_only else (("caption", "kind"), TEXTS[1:])
+
+
+def finish(part, output, rejects, total):
+    """Writes the good edits and the rejects of a part file, which is then removed, and prints their numbers."""
+    with open(part, encoding="utf-8") as file:
+        results = [json.loads(line) for line in islice(file, 1, None)]
+    for path, is_reject in ((rejects, True), (output, False)):
+        kept = [json.dumps(edit, ensure_ascii=False) + "\n" for reason, edit in results if bool(reason) == is_reject]
+        replace_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+    part.unlink()
+    reasons = Counter(reason for reason, _ in results)
+    print(f"{output}: {reasons[None]} of {total} edits; the others are in {rejects}")
+    for reason, number in reasons.most_common():
+        print(f"{number:8} {number / total:6.1%}  {reason or 'accepted'}")
+
+
 def run(args):
-    given, wanted = (TEXTS[:3], TEXTS[3:]) if args.reverse_only else (("caption", "kind"), TEXTS[1:])
-    paths, (kinds, prompt) = find_files(args.input), read_prompt(given, wanted)
+    # ---- the files and the prompt
+    paths, (kinds, prompt) = find_files(args.input), read_prompt(*fields(args))
     part, rejects = (args.output.with_name(args.output.name + end) for end in (".part", ".rejects"))
     if args.output.exists() and not part.exists():
         raise ValueError(f"--output {args.output} exists already; choose another name, or remove it")
@@ -231,77 +331,55 @@ def run(args):
         raise ValueError(f"--output {args.output}: there is no such folder")
     if args.edits > len(kinds):
         raise ValueError(f"--edits {args.edits}: {PROMPT} shows only {len(kinds)} kinds of edit, {', '.join(kinds)}")
-
-    def jobs():
-        for n, row in enumerate(read_captions(paths, TEXTS[:3] if args.reverse_only else TEXTS[:1])):
-            chosen = random.Random(f"{args.seed} {n}").sample(kinds, args.edits)
-            yield from [row] if args.reverse_only else [row | {"kind": kind} for kind in chosen]
-    total = sum(1 for _ in jobs())                            # reads all input, so that bad input is found before any work
+    total = sum(1 for _ in make_jobs(paths, kinds, args))     # reads all, so that bad input is found before any work
     if not total:
         raise ValueError("--input holds no caption")
+
+    # ---- the model
     model, tokenizer = load(args.model, args.device)
     longest = getattr(model.config, "max_position_embeddings", float("inf"))
     if len(tokenizer(prompt).input_ids) + 2 * NEW_TOKENS > longest:
         raise ValueError(f"--model {args.model} reads {longest} tokens, too few for {PROMPT}, a caption and an answer")
+
+    # ---- what is done
     settings = {name: str(value) for name, value in vars(args).items() if name != "output"}
     settings |= {"prompt": zlib.crc32(prompt.encode()), "total": total}
     size = ROUND * args.batch_size
     done = resume(part, json.dumps(settings) + "\n", size, total)
-    print(", ".join(f"{k} {v}" for k, v in settings.items()) + f", done {done}, dtype {model.dtype}", flush=True)
+    said = ", ".join(f"{name} {value}" for name, value in settings.items())
+    print(f"{said}, done {done}, dtype {model.dtype}", flush=True)
 
-    work = islice(jobs(), done, None)
+    # ---- what is not
+    jobs = islice(make_jobs(paths, kinds, args), done, None)
     with open(part, "a", encoding="utf-8") as file, tqdm(total=total, initial=done, unit="edit") as progress:
-        while batch := list(islice(work, size)):
-            results = [("not asked yet", None)] * len(batch)
-            for attempt in range(TRIES):
-                # a seed for each try of a round, so that a run that was stopped ends as one that was not
-                torch.manual_seed(random.Random(f"{args.seed} {done} {attempt}").getrandbits(63))
-                temperature = args.temperature or (RETRY_TEMPERATURE if attempt else 0)
-                rejected = [i for i, (reason, _) in enumerate(results) if reason]
-                for start in range(0, len(rejected), args.batch_size):
-                    asked = rejected[start:start + args.batch_size]
-                    prompts = [f"{prompt}Given: {show(batch[i], given)}\nAnswer:" for i in asked]
-                    for i, answer in zip(asked, generate(model, tokenizer, prompts, temperature)):
-                        results[i] = judge(answer, batch[i], wanted)
-                        progress.update(results[i][0] is None or attempt == TRIES - 1)
+        for batch in iter(lambda: list(islice(jobs, size)), []):
+            results = ask(model, tokenizer, prompt, batch, done, args, progress)
             file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
             file.flush()
             done += len(batch)
-
-    with open(part, encoding="utf-8") as file:
-        results = [json.loads(line) for line in islice(file, 1, None)]
-    for path, rejected in ((rejects, True), (args.output, False)):
-        kept = [json.dumps(edit, ensure_ascii=False) + "\n" for reason, edit in results if bool(reason) == rejected]
-        replace_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
-    part.unlink()
-    reasons = Counter(reason for reason, _ in results)
-    print(f"{args.output}: {reasons[None]} of {total} edits; the others are in {rejects}")
-    for reason, number in reasons.most_common():
-        print(f"{number:8} {number / total:6.1%}  {reason or 'accepted'}")
+    finish(part, args.output, rejects, total)
 
 
 def main(argv=None):
-    p = Parser("instructions.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("prepare.instructions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--input", nargs="+", required=True, help="captions: .txt, .jsonl, .tar")
     p.add_argument("--output", type=Path, required=True, help="a .jsonl file")
-    p.add_argument("--model", default="google/gemma-2-2b-it", help="directory or hub id of a language model (%(default)s)")
+    p.add_argument("--model", default="google/gemma-2-2b-it",
+                   help="directory or hub id of a language model (%(default)s)")
     p.add_argument("--edits", type=positive_int, help="edits of each caption, each of another kind (1)")
-    p.add_argument("--reverse-only", action="store_true", help="captions, instructions and edited captions are given")
-    p.add_argument("--temperature", type=non_negative_float, default=.7, help="0: always the likeliest word (%(default)s)")
+    p.add_argument("--reverse-only", action="store_true",
+                   help="captions, instructions and edited captions are given")
+    p.add_argument("--temperature", type=non_negative_float, default=0.7,
+                   help="0: always the likeliest word (%(default)s)")
     p.add_argument("--batch-size", type=positive_int, default=16, help="answers at once (%(default)s)")
-    p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    p.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
     p.add_argument("--seed", type=seed_int, default=0, help="of the kinds and of the sampling (%(default)s)")
     args = p.parse_args(argv)
     if args.edits and args.reverse_only:
         p.error("--edits has no effect on --reverse-only")
     args.edits = args.edits or 1
-    quiet_transformers()
-    try:
+    with errors(p, args):
         run(args)
-    except torch.OutOfMemoryError:
-        p.error(f"the memory of {args.device} is too small; choose a smaller --batch-size")
-    except (ValueError, OSError) as error:
-        p.error(str(error))
 
 
 if __name__ == "__main__":

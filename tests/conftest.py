@@ -23,9 +23,10 @@ def golden():
 
 @pytest.fixture(scope="session")
 def expected():
-    """Inputs and outputs by name, and under "info" their texts; see shared/golden/README.md."""
+    """Inputs and outputs by name, and under "info" their texts."""
     with safe_open(GOLDEN / "expected.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()} | {"info": json.loads(file.metadata()["info"])}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return tensors | {"info": json.loads(file.metadata()["info"])}
 
 
 @pytest.fixture

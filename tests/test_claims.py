@@ -1,4 +1,4 @@
-"""claims.py: the verdicts by numbers worked out by hand, and a run of a few steps as the study makes it."""
+"""experiments/claims.py: verdicts by numbers worked out by hand, and a run of one step as the study makes it."""
 import json
 import re
 import time
@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-import claims
 import toy
+import train
+from experiments import claims
 from losses import ClipScorer
 from uip2p import EditModel
 
@@ -20,7 +21,8 @@ def test_student_t_has_the_right_quantiles():
     """Between -t and t lies 95 % of Student's density, integrated here."""
     for freedom, t in enumerate(claims.T, 1):
         x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
-        density = torch.distributions.StudentT(torch.tensor(float(freedom), dtype=torch.float64)).log_prob(x).exp()
+        distribution = torch.distributions.StudentT(torch.tensor(float(freedom), dtype=torch.float64))
+        density = distribution.log_prob(x).exp()
         assert torch.trapezoid(density, x).item() == pytest.approx(.95, abs=2e-4)
 
 
@@ -38,15 +40,18 @@ def test_a_claim_is_decided_by_the_interval_of_the_paired_differences(difference
 def fake_scores():
     """Three seeds whose spread between seeds is larger than the difference between runs, which is the same in each."""
     names = {*claims.EDITS, *claims.MORE, *claims.MAPS, "lost in 5 steps"}
-    return {run: {name: [base + .01 * i + .0001 * i * seed for seed, base in enumerate((.1, .5, .9))] for name in names}
-            for i, run in enumerate(claims.RUNS, 1)}
+
+    def values(i):
+        return [base + .01 * i + .0001 * i * seed for seed, base in enumerate((.1, .5, .9))]
+    return {run: {name: values(i) for name in names} for i, run in enumerate(claims.RUNS, 1)}
 
 
 def test_the_report_pairs_runs_of_the_same_seed():
     scores = fake_scores()
     scores["attn"]["mask"] = [0, 0, 0]                        # which the maps of that run are compared with
     lines = claims.report(scores, {"copy": dict.fromkeys(claims.EDITS, .25)})
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\|.*: \w+ - \w+ \|", line)]
+    of_claims = [line for line in lines if re.match(r"\|.*: \w+ - \w+ \|", line)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in of_claims]
     order = list(claims.RUNS)
     for claim, row in zip(claims.CLAIMS, rows, strict=True):
         if claim.other == "mask":
@@ -62,14 +67,20 @@ def test_the_report_pairs_runs_of_the_same_seed():
 
 def test_the_comparisons_are_the_papers():
     """The weights of its ablation, which rows it compares, and in which direction its tables go."""
-    weights = {run: [float(w) for w in given[-4:]] for run, (_, given) in claims.RUNS.items() if "--weights" in given}
-    assert weights == {"base": [1, 0, 0, 1], "sim": [1, 0, 1, 1], "attn": [1, .5, 1, 1]}             # CLIP, attn, sim, recon
+    arguments = {run: train.parse(given)[1] for run, (_, given) in claims.RUNS.items()}
+    weights = {run: list(arguments[run].weights.values()) for run in ("base", "sim", "attn")}
+    assert weights == {"base": [1, 0, 0, 1], "sim": [1, 0, 1, 1], "attn": [1, .5, 1, 1]}   # CLIP, attn, sim, recon
+    assert list(arguments["attn"].weights) == ["clip", "attn", "sim", "recon"]
     started = {run for run, (_, given) in claims.RUNS.items() if any("baseline" in a for a in given)}
     assert started == set(claims.RUNS) - set(claims.FIRST)
+    # after the warm-up, all cycles are as long; what they are compared with sees as many images at the same rate
+    assert {args.steps - args.warmup for run, args in arguments.items() if run in (*weights, "scratch")} == {300}
+    assert arguments["denoise"].steps == arguments["denoise"].warmup == arguments["pairs"].steps == 300
+    assert {(arguments[run].batch_size, arguments[run].lr) for run in started} == {(16, 1e-4)}
     for claim in claims.CLAIMS:
-        if found := re.fullmatch(r"(L1|CLIP-I|CLIP-T) (\.\d+) to (\.\d+)", claim.paper):
+        if found := re.fullmatch(r"(L1|CLIP-I|CLIP-T) (0\.\d+) to (0\.\d+)", claim.paper):
             assert claim.score.startswith(found[1]) and (float(found[3]) - float(found[2])) * claim.sign > 0
-            pairs = {".117": "base", ".878": "base", ".309": "base", ".089": "sim", ".906": "sim", ".301": "sim"}
+            pairs = {"0.117": "base", "0.878": "base", "0.309": "base", "0.089": "sim", "0.906": "sim", "0.301": "sim"}
             assert claim.other == pairs.get(found[2], "baseline")
 
 
@@ -84,7 +95,9 @@ def test_claims_name_runs_and_scores_that_are_measured(monkeypatch):
 
 
 class Oracle:
-    """An editor that obeys: it knows the scenes and what their instructions, forward and back, lead to.  In few steps it copies."""
+    """An editor that obeys: it knows the scenes and what their instructions, forward and back, lead to.
+
+    In few steps it copies."""
     guidance = {"text_guidance": 1.5, "image_guidance": 1.2}
 
     def __init__(self, edits):
@@ -94,34 +107,41 @@ class Oracle:
     def edit(self, images, instructions, steps, generator, text_guidance, image_guidance):
         outputs = []
         for image, instruction in zip(images, instructions):
-            (after,) = [after for before, said, after in self.known if said == instruction and torch.equal(before, image)][:1]
+            after = next(after for before, said, after in self.known
+                         if said == instruction and torch.equal(before, image))
             outputs.append(image if steps == 5 or text_guidance == 3 else after)
         return torch.stack(outputs)
 
 
 def test_what_obeying_scores(monkeypatch):
-    """Every instruction, number of steps, scale and turn reaches the editor, and the way back is the reverse instruction's."""
+    """Every instruction, number of steps, scale and turn reaches the editor, and so do the reverse instructions."""
     monkeypatch.setattr(claims, "SCENES", 10)
-    monkeypatch.setattr(claims, "judge_attention", lambda model, edits, images, outputs: {"kinds": torch.tensor(
-        [float(e.kind == "background") for e in edits])})
+
+    def kinds(model, edits, images, outputs):
+        return {"kinds": torch.tensor([float(e.kind == "background") for e in edits])}
+    monkeypatch.setattr(claims, "judge_attention", kinds)
     edits = [toy.edit("test", i) for i in range(10)]
-    scores = claims.measure(Oracle(edits + sum([toy.chain("test", i) for i in range(10)], [])), ClipScorer.from_pretrained(CLIP))
-    assert scores["L1"] == scores["round trip"] == scores["L1, 3 turns"] == scores["L1, 50 steps"] == scores["kinds"] == 0
-    assert scores["right"] == scores["right, 3 turns"] == scores["right, 50 steps"] == scores["lost in 5 steps"] == 1
+    oracle = Oracle(edits + sum([claims.chain("test", i) for i in range(10)], []))
+    scores = claims.measure(oracle, ClipScorer.from_pretrained(CLIP))
+    assert {scores[name] for name in ("L1", "round trip", "L1, 3 turns", "L1, 50 steps", "kinds")} == {0}
+    assert {scores[name] for name in ("right", "right, 3 turns", "right, 50 steps", "lost in 5 steps")} == {1}
     assert scores["right, 5 steps"] == scores["right, strong"] == 0 < scores["L1, 5 steps"] == scores["L1, strong"]
 
 
 def test_a_run_is_made_once_and_only_with_its_arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "measure", lambda model, scorer: {"right": model.unet.conv_in.weight.shape[1]})
-    tiny = ["--steps", "1", "--batch-size", "2", "--log-every", "1"]
-    monkeypatch.setattr(claims, "RUNS", {"baseline": ("", ["--objective", "ip2p", *tiny]),
-                                         "attn": ("", ["--model", "{folder}/baseline/model", "--weights", "1", ".5", "1", "1", *tiny])})
+    monkeypatch.setattr(claims, "measure", lambda model, clip: {"right": model.unet.conv_in.weight.shape[1]})
+    tiny = ["--steps", "1", "--batch-size", "2"]
+    monkeypatch.setattr(claims, "RUNS", {
+        "baseline": ("", ["--objective", "ip2p", *tiny]),
+        "attn": ("", ["--model", "{folder}/baseline/model", "--weights", "clip=1", "attn=0.5", *tiny])})
     for name in claims.RUNS:
         claims.fulfil(name, tmp_path, 3, CLIP, "cpu")
     given, scores = json.loads((tmp_path / "attn/scores.json").read_text()).values()
-    assert scores == {"right": 8} and given[1] == f"{tmp_path}/baseline/model" and given[given.index("--seed") + 1] == "3"
-    log, model = (tmp_path / "attn/log.txt").read_text(), tmp_path / "attn/model/unet/diffusion_pytorch_model.safetensors"
-    assert "cycle training" in log and model.is_file()
+    assert scores == {"right": 8} and given[1] == f"{tmp_path}/baseline/model"
+    assert given[given.index("--seed") + 1] == "3"
+    log = (tmp_path / "attn/log.txt").read_text()
+    assert "objective cycle" in log and f"model {tmp_path}/baseline/model" in log
+    assert (tmp_path / "attn/model/unet/diffusion_pytorch_model.safetensors").is_file()
     claims.fulfil("attn", tmp_path, 3, CLIP, "cpu")
     assert (tmp_path / "attn/log.txt").read_text() == log     # nothing was done again
     with pytest.raises(ValueError, match="other arguments"):
@@ -138,17 +158,22 @@ def test_a_training_that_stops_names_its_log(tmp_path, monkeypatch):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A study whose trainings only note that they were made: (their list, in the order of their ends, a run of the study)."""
+    """A study whose trainings only note that they were made.
+
+    -> (the list of them, in the order of their ends, what runs the study)"""
     made = []
+
     def fulfil(name, folder, seed, judge_path, on):
         assert name in claims.FIRST or ("baseline", seed) in made
         if (name, seed) == broken:
             raise ValueError("it broke")
         time.sleep(.05 * bool(broken))
         (folder / name).mkdir(parents=True)
-        (folder / name / "scores.json").write_text(json.dumps({"scores": {c: seed / 10 for c in fake_scores()["base"]}}))
+        scores = dict.fromkeys(fake_scores()["base"], seed / 10)
+        (folder / name / "scores.json").write_text(json.dumps({"scores": scores}))
         made.append((name, seed))
     broken = None
+
     def run(*argv, at=None):
         nonlocal broken
         broken = at
@@ -158,7 +183,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "fulfil", fulfil)
     monkeypatch.setattr(claims.pretrain, "main", lambda argv: made.append(argv))
     monkeypatch.setattr(claims.ClipScorer, "from_pretrained", lambda path: path)
-    monkeypatch.setattr(claims, "references", lambda scorer: {"copy": dict.fromkeys(claims.EDITS, .5)})
+    monkeypatch.setattr(claims, "references", lambda clip: {"copy": dict.fromkeys(claims.EDITS, .5)})
     monkeypatch.setattr(claims, "picture", lambda folder: Image.new("RGB", (folder == tmp_path / "out/seed-1", 1)))
     return made, run
 
@@ -167,7 +192,8 @@ def test_a_study_makes_the_judge_and_every_run_and_writes_what_they_say(study, c
     made, run = study
     output = run("--jobs", "2")
     (judge, *made) = made
-    assert judge[:2] == ["--parts", "judge"] and judge[judge.index("--seed") + 1] != "0"      # another seed than the shipped CLIP's
+    assert judge[:2] == ["--parts", "judge"]
+    assert judge[judge.index("--seed") + 1] != "0"            # that of the shipped CLIP
     assert sorted(made) == sorted((name, seed) for name in claims.RUNS for seed in (1, 2, 4))
     text = (output / "claims.md").read_text()
     assert "0.233 ± 0.153" in text and text.strip() in capsys.readouterr().out             # of .1, .2, .4
@@ -179,7 +205,7 @@ def test_a_study_stops_at_the_first_training_that_does(study, capsys):
     made, run = study
     with pytest.raises(SystemExit) as stop:
         run("--jobs", "1", at=("baseline", 1))
-    assert stop.value.code == 2 and "claims.py: error: it broke" in capsys.readouterr().err
+    assert stop.value.code == 2 and "experiments.claims: error: it broke" in capsys.readouterr().err
     assert len(made) < 5                                      # of the six that were waiting
 
 
@@ -188,4 +214,4 @@ def test_bad_seeds(capsys, seeds):
     with pytest.raises(SystemExit) as stop:
         claims.main(["--seeds", *seeds])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("claims.py: error: ")
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("experiments.claims: error: ")

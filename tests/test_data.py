@@ -1,18 +1,19 @@
-"""The order of samples, and where they come from: folders of images, webdataset shards, InstructPix2Pix's tree, mixes."""
+"""The order of samples, and where they come from: folders of images, shards, InstructPix2Pix's tree, mixes."""
 import io
 import json
-import sys
 import tarfile
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import data
+import shards
 import toy
-from data import TEXTS, Folder, InstructPix2Pix, Mix, Shards, Source, ToyWorld, batches, open_source, read_texts
-from pictures import save_png, to_pil
+from data import TEXTS, Folder, Source, ToyWorld, batches
+from pictures import load_image, save_png, to_pil
+from shards import InstructPix2Pix, Mix, Shards, open_data, open_source, read_texts, without_border
 
 
 class Numbers(Source):
@@ -29,9 +30,9 @@ def take(count, batch_size=4, seed=0, **options):
     return list(islice(batches(Numbers(), batch_size, seed, **options), count))
 
 
-# ---- the order -----------------------------------------------------------------------------------------------------------
+# ---- the order -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("batch_size", [1, 4, 10, 25])        # 10 samples: batches end in the middle of an epoch, or span several
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 25])        # of 10 samples: with its end, within, over several epochs
 def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(batch_size):
     order = sum(take(100 // batch_size, batch_size), [])
     epochs = [order[i:i + 10] for i in range(0, 100, 10)]
@@ -54,7 +55,7 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(batch_size):
         assert take(20 - n, batch_size, first=n) == whole[n:]
 
 
-# ---- the toy world -------------------------------------------------------------------------------------------------------
+# ---- the toy world ---------------------------------------------------------------------------------------------------
 
 def of_toy(world, *indices, epoch=0):
     return world.__getitems__([(epoch, i) for i in indices])[0]
@@ -65,8 +66,10 @@ def test_toy_world_gives_the_samples_asked_for():
     batch = of_toy(ToyWorld("validation", 20, seed=5), *indices)
     edits = [toy.edit("validation", i, 5) for i in indices]
     assert torch.equal(batch.images, toy.render([e.scene for e in edits])) and batch.edited_images is None
-    assert (batch.captions, batch.edited_captions) == ([e.scene.caption for e in edits], [e.edited.caption for e in edits])
-    assert (batch.instructions, batch.reverse_instructions) == ([e.instruction for e in edits], [e.reverse_instruction for e in edits])
+    assert batch.captions == [e.scene.caption for e in edits]
+    assert batch.edited_captions == [e.edited.caption for e in edits]
+    assert batch.instructions == [e.instruction for e in edits]
+    assert batch.reverse_instructions == [e.reverse_instruction for e in edits]
 
 
 def test_toy_world_shows_the_same_in_every_epoch():
@@ -80,25 +83,25 @@ def test_toy_pairs_do_not_depend_on_the_batch_and_are_not_the_truth():
     batch = of_toy(world, 7, 0, 3)
     assert torch.equal(batch.edited_images[2], of_toy(world, 3).edited_images[0])
     truth = toy.render([toy.edit("train", i).edited for i in (7, 0, 3)])
-    assert ((batch.edited_images - truth).abs().flatten(1).mean(1) > .01).all()
+    assert ((batch.edited_images - truth).abs().flatten(1).mean(1) > 0.01).all()
 
 
-# ---- folders -------------------------------------------------------------------------------------------------------------
+# ---- folders ---------------------------------------------------------------------------------------------------------
 
 def ramps(height, width, blue, over=60):
     """Red grows with x, green with y, both by 1 in `over` pixels: what an image shows says where it was cut out."""
-    y, x = torch.meshgrid(torch.arange(height) + .5, torch.arange(width) + .5, indexing="ij")
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     return torch.stack([x / over, y / over, torch.full_like(x, blue)]) * 2 - 1
 
 
 def folder(path, rows=1, size=(40, 60), edited_size=None, over=60, **texts):
-    """Images and metadata.jsonl with captions "sky 0", "sky 1"...; the edited image is the same ramps with more blue."""
-    save_png(ramps(*size, .2, over), path / "a.png")
-    save_png(ramps(*edited_size or size, .8, over), path / "b.png")
+    """Images and metadata.jsonl with captions "sky 0", "sky 1"...; the edited image is the same with more blue."""
+    save_png(ramps(*size, 0.2, over), path / "a.png")
+    save_png(ramps(*edited_size or size, 0.8, over), path / "b.png")
     row = {"image": "a.png", "edited_image": "b.png", "instruction": "make it red", "edited_caption": "a red sky",
            "reverse_instruction": "make it blue"}
-    (path / "metadata.jsonl").write_text("".join(
-        json.dumps(row | {"caption": f"sky {n}"} | texts, ensure_ascii=False) + "\n" for n in range(rows)))
+    lines = [json.dumps(row | {"caption": f"sky {n}"} | texts, ensure_ascii=False) + "\n" for n in range(rows)]
+    (path / "metadata.jsonl").write_text("".join(lines))
     return path
 
 
@@ -117,8 +120,9 @@ def flipped(images):
 def test_both_images_of_a_pair_get_the_same_crop_and_flip(tmp_path, size):
     batch = all_of(Folder(folder(tmp_path, 30, size), 32, pairs=True))
     assert batch.images.shape == batch.edited_images.shape == (30, 3, 32, 32)
-    torch.testing.assert_close(batch.images[:, :2, 3:-3, 3:-3], batch.edited_images[:, :2, 3:-3, 3:-3], atol=.03, rtol=0)
-    assert (batch.edited_images[:, 2] - batch.images[:, 2]).mean() == pytest.approx(1.2, abs=.02)
+    before, after = (images[:, :2, 3:-3, 3:-3] for images in (batch.images, batch.edited_images))
+    torch.testing.assert_close(before, after, atol=0.03, rtol=0)
+    assert (batch.edited_images[:, 2] - batch.images[:, 2]).mean() == pytest.approx(1.2, abs=0.02)
     assert 5 < flipped(batch.images).sum() < 25               # half of the time
     places = batch.images[:, :2].mean((2, 3)).round(decimals=2).unique(dim=0)
     assert len(places) > 8                                    # and cut out at different places
@@ -139,8 +143,9 @@ def test_images_are_resized_by_the_short_side(tmp_path, size):
     images = all_of(Folder(folder(tmp_path, 4, size, over=max(size)), 32)).images
     per_pixel = min(size) / 32 / max(size) * 2                # how much a ramp grows from one pixel to the next
     for image in images:
-        for slope in ((image[0, 16, 28] - image[0, 16, 4]).abs() / 24, (image[1, 28, 16] - image[1, 4, 16]).abs() / 24):
-            assert slope.item() == pytest.approx(per_pixel, rel=.06)
+        for left_or_top, right_or_bottom in (image[0, 16, [4, 28]], image[1, [4, 28], 16]):
+            slope = (right_or_bottom - left_or_top).abs().item() / 24
+            assert slope == pytest.approx(per_pixel, rel=0.06)
         short = image[1, :, 16] if size[0] < size[1] else image[0, 16].sort().values
         assert short[0] < -1 + 2 * per_pixel and short[-1] > -1 + 30 * per_pixel
 
@@ -151,7 +156,8 @@ def test_no_flip_where_a_text_says_left_or_right(tmp_path, key, word):
     assert not flipped(all_of(Folder(folder(tmp_path, 20, **{key: f"the {word} boat"}), 32)).images).any()
 
 
-@pytest.mark.parametrize("text", ["the boat on the left.", "left-hand side", "on the right, a boat", "the leftmost boat"])
+@pytest.mark.parametrize("text", [
+    "the boat on the left.", "left-hand side", "on the right, a boat", "the leftmost boat"])
 def test_no_flip_where_left_or_right_stands_beside_punctuation(tmp_path, text):
     assert not flipped(all_of(Folder(folder(tmp_path, 20, instruction=text), 32)).images).any()
 
@@ -163,7 +169,8 @@ def test_words_that_contain_left_or_right_do_not_count(tmp_path):
 def test_crops_depend_on_the_seed_the_epoch_and_the_line_and_on_nothing_else(tmp_path):
     path = folder(tmp_path, 6)
     first = all_of(Folder(path, 32)).images
-    assert torch.equal(all_of(Folder(path, 32)).images, first) and not torch.equal(all_of(Folder(path, 32, seed=1)).images, first)
+    assert torch.equal(all_of(Folder(path, 32)).images, first)
+    assert not torch.equal(all_of(Folder(path, 32, seed=1)).images, first)
     source = Folder(path, 32)
     assert torch.equal(source.__getitems__([(0, source.items[4])])[0].images[0], first[4])
 
@@ -172,11 +179,11 @@ def test_a_later_epoch_shows_the_same_samples_cut_out_anew(tmp_path):
     folders = Folder(folder(tmp_path, 6), 32)
     first, second = all_of(folders), all_of(folders, epoch=1)
     assert second.captions == first.captions
-    assert ((first.images - second.images).abs().flatten(1).amax(1) > .01).sum() >= 5
+    assert ((first.images - second.images).abs().flatten(1).amax(1) > 0.01).sum() >= 5
 
 
 def test_a_text_may_hold_any_character(tmp_path):
-    text = "a caf\u00e9\u2028by the sea\x85"                  # U+2028 and U+0085 end a line for str.splitlines, not for JSON
+    text = "a caf\u00e9\u2028by the sea\x85"                  # two of them end a line for str.splitlines, not for JSON
     assert all_of(Folder(folder(tmp_path, 2, instruction=text), 32)).instructions == [text] * 2
 
 
@@ -187,10 +194,12 @@ ROW = {"image": "a.png", "caption": "a", "instruction": "b", "edited_caption": "
     (None, False, "metadata.jsonl is missing"),
     ([], False, "is empty"),
     ([ROW, "{oops"], False, "line 2:"), ([ROW, ROW, ROW | {"caption": None}], False, "line 3:.*caption"),
-    ([ROW, ROW | {"instruction": "  "}], False, "line 2:.*instruction"), ([ROW | {"image": 3}], False, "line 1:.*image"),
-    ([ROW], True, "line 1:.*edited_image"), ([ROW, [1]], False, "line 2:"), ([ROW, "", ROW], False, "line 2:"),
-    (["[" * 100_000], False, "line 1:"), ([ROW | {"edits": 5}], False, "line 1:.*edits"), ([ROW | {"edits": ["a"]}], False, "line 1:"),
-    ([ROW | {"edits": [{}, {"caption": "x" * 10_001}]}], False, "line 1:.*10,000"), ([ROW | {"caption": "\ud800"}], False, "line 1:"),
+    ([ROW, ROW | {"instruction": "  "}], False, "line 2:.*instruction"),
+    ([ROW | {"image": 3}], False, "line 1:.*image"), ([ROW], True, "line 1:.*edited_image"),
+    ([ROW, [1]], False, "line 2:"), ([ROW, "", ROW], False, "line 2:"),
+    (["[" * 100_000], False, "line 1:"), ([ROW | {"edits": 5}], False, "line 1:.*edits"),
+    ([ROW | {"edits": ["a"]}], False, "line 1:"), ([ROW | {"caption": "\ud800"}], False, "line 1:"),
+    ([ROW | {"edits": [{}, {"caption": "x" * 10_001}]}], False, "line 1:.*10,000"),
 ])
 def test_a_bad_listing_is_refused_by_line(tmp_path, lines, pairs, says):
     if lines is not None:
@@ -216,19 +225,21 @@ def test_the_papers_names_and_a_list_of_edits(tmp_path):
     folder(tmp_path)
     edits = [{"C_f": f"f{n}", "T_edit": f"t{n}", "C_r": f"r{n}"} for n in range(3)]
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"I_input": "a.png", "T_input": "sky", "edits": edits}))
-    drawn = {tuple(t[0] for t in (b.captions, b.instructions, b.edited_captions, b.reverse_instructions))
-             for b in (all_of(Folder(tmp_path, 32), epoch) for epoch in range(30))}
+    drawn = set()
+    for epoch in range(30):
+        batch = all_of(Folder(tmp_path, 32), epoch)
+        drawn |= set(zip(batch.captions, batch.instructions, batch.edited_captions, batch.reverse_instructions))
     assert drawn == {("sky", f"f{n}", f"t{n}", f"r{n}") for n in range(3)}
 
 
-# ---- webdataset shards ---------------------------------------------------------------------------------------------------
+# ---- webdataset shards -----------------------------------------------------------------------------------------------
 
 EDIT = {"instruction": "make it red", "edited_caption": "a red sky", "reverse_instruction": "make it blue"}
 
 
 def jpeg(size=(40, 60), kind="JPEG"):
     file = io.BytesIO()
-    to_pil(ramps(*size, .2)).save(file, kind)
+    to_pil(ramps(*size, 0.2)).save(file, kind)
     return file.getvalue()
 
 
@@ -241,14 +252,24 @@ def write_shard(path, members):
     return path
 
 
-def shards(path, *sizes, **fields):
+def some_shards(path, *sizes, **fields):
     """00000.tar, ... as img2dataset writes them, with so many samples, whose captions are their keys."""
     for shard, size in enumerate(sizes):
-        keys = [f"{shard:05}{n:04}" for n in range(size)]
-        write_shard(path / f"{shard:05}.tar", [member for key in keys for member in (
-            (f"{key}.jpg", jpeg()), (f"{key}.json", json.dumps({"key": key, "caption": key, **EDIT, **fields}).encode()),
-            (f"{key}.txt", key.encode()))])
+        members = []
+        for key in (f"{shard:05}{n:04}" for n in range(size)):
+            row = json.dumps({"key": key, "caption": key, **EDIT, **fields}).encode()
+            members += [(f"{key}.jpg", jpeg()), (f"{key}.json", row), (f"{key}.txt", key.encode())]
+        write_shard(path / f"{shard:05}.tar", members)
     return f"{path}/{{00000..{len(sizes) - 1:05}}}.tar"
+
+
+def one_shard(path, images):
+    """A shard of images, {key: bytes}, whose captions are their keys."""
+    members = []
+    for key, image in images.items():
+        row = json.dumps(EDIT | {"caption": key}).encode()
+        members += [(f"{key}.jpg", image), (f"{key}.json", row)]
+    return write_shard(path, members)
 
 
 def draw(source, count, batch_size=1, **options):
@@ -258,19 +279,23 @@ def draw(source, count, batch_size=1, **options):
 
 
 def test_an_epoch_of_shards_shows_every_sample_once_in_an_order_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BUFFER", 4)
-    pattern = shards(tmp_path, 5, 3, 6)
+    monkeypatch.setattr(shards, "BUFFER", 4)
+    pattern = some_shards(tmp_path, 5, 3, 6)
     _, order = draw(Shards(pattern, 16), 42)
     epochs = [order[i:i + 14] for i in range(0, 42, 14)]
-    assert all(sorted(epoch) == sorted(f"{s:05}{n:04}" for s, size in enumerate((5, 3, 6)) for n in range(size)) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == 3
+    keys = [f"{shard:05}{n:04}" for shard, size in enumerate((5, 3, 6)) for n in range(size)]
+    assert [sorted(epoch) for epoch in epochs] == [keys] * 3 and len(set(map(tuple, epochs))) == 3
     assert all(sorted(epoch[:4]) != epoch[:4] for epoch in epochs) and len({epoch[0][:5] for epoch in epochs}) > 1
 
 
 def test_of_what_was_seen_before_only_headers_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BUFFER", 4)
-    source, opened, extract = Shards(shards(tmp_path, 20), 16), [], tarfile.TarFile.extractfile
-    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda tar, member: opened.append(member.name) or extract(tar, member))
+    monkeypatch.setattr(shards, "BUFFER", 4)
+    source, opened, extract = Shards(some_shards(tmp_path, 20), 16), [], tarfile.TarFile.extractfile
+
+    def watched(tar, member):
+        opened.append(member.name)
+        return extract(tar, member)
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", watched)
     next(source.order(0, 17))
     assert len(opened) == 3 * 4
     opened.clear()
@@ -279,10 +304,13 @@ def test_of_what_was_seen_before_only_headers_are_read(tmp_path, monkeypatch):
 
 
 def test_a_range_a_pattern_and_a_path_of_shards(tmp_path):
-    shards(tmp_path, *[1] * 11)
-    assert [s[-9:] for s in Shards(f"{tmp_path}/{{00008..00010}}.tar", 16).items] == ["00008.tar", "00009.tar", "00010.tar"]
-    assert [s[-9:] for s in Shards(f"{tmp_path}/0000[1-3].tar", 16).items] == ["00001.tar", "00002.tar", "00003.tar"]
-    assert len(Shards(f"{tmp_path}/*.tar", 16).items) == 11 and len(Shards(f"{tmp_path}/00004.tar", 16).items) == 1
+    some_shards(tmp_path, *[1] * 11)
+
+    def found(pattern):
+        return [shard[-9:] for shard in Shards(f"{tmp_path}/{pattern}", 16).items]
+    assert found("{00008..00010}.tar") == ["00008.tar", "00009.tar", "00010.tar"]
+    assert found("0000[1-3].tar") == ["00001.tar", "00002.tar", "00003.tar"]
+    assert len(found("*.tar")) == 11 and found("00004.tar") == ["00004.tar"]
     for pattern in ("{00009..00012}.tar", "z*.tar", "00011.tar"):
         with pytest.raises(ValueError, match="there is no such shard"):
             Shards(f"{tmp_path}/{pattern}", 16)
@@ -292,7 +320,8 @@ def test_what_a_sample_of_a_shard_may_look_like(tmp_path):
     """Pixels in other formats, the caption in .txt alone, other members, and names that are paths."""
     texts = json.dumps(EDIT | {"caption": None}).encode()
     write_shard(tmp_path / "a.tar", [("1.png", jpeg(kind="PNG")), ("1.json", texts), ("1.txt", b"one"),
-                                     ("2.cls", b"7"), ("2.json", texts), ("2.txt", b"two"), ("2.webp", jpeg(kind="WEBP")),
+                                     ("2.cls", b"7"), ("2.json", texts), ("2.txt", b"two"),
+                                     ("2.webp", jpeg(kind="WEBP")),
                                      ("../../3.JPG", jpeg()), ("../../3.json", texts), ("../../3.txt", b"three"),
                                      ("no image.json", texts), ("README", b"?"), ("1.seg.png", jpeg(kind="PNG"))])
     with tarfile.open(tmp_path / "a.tar", "a") as tar:
@@ -300,7 +329,8 @@ def test_what_a_sample_of_a_shard_may_look_like(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
     drawn, captions = draw(Shards(f"{tmp_path}/a.tar", 16), 3)
-    assert sorted(captions) == ["one", "three", "two"] and all(b.instructions == [EDIT["instruction"]] for b in drawn)
+    assert sorted(captions) == ["one", "three", "two"]
+    assert [batch.instructions for batch in drawn] == [[EDIT["instruction"]]] * 3
     assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
 
 
@@ -310,7 +340,7 @@ def side_file(path, *rows):
 
 
 def test_a_side_file_adds_texts_and_chooses_the_samples(tmp_path):
-    pattern = shards(tmp_path, 4, 4, instruction=None, reverse_instruction=None)
+    pattern = some_shards(tmp_path, 4, 4, instruction=None, reverse_instruction=None)
     side = side_file(tmp_path / "side.jsonl",
                      {"key": "000000002", "instruction": "one", "reverse_instruction": "eno"},
                      {"key": "000000002", "edits": [{"C_f": "two", "C_r": "owt"}, {"C_f": "three", "C_r": "eerht"}]},
@@ -318,7 +348,8 @@ def test_a_side_file_adds_texts_and_chooses_the_samples(tmp_path):
     drawn, captions = draw(Shards(pattern, 16, side=side), 80)
     assert Counter(captions) == {"000000002": 40, "000010003": 40}
     assert {(c, *b.instructions, *b.reverse_instructions) for b, c in zip(drawn, captions)} == {
-        ("000000002", "one", "eno"), ("000000002", "two", "owt"), ("000000002", "three", "eerht"), ("000010003", "four", "ruof")}
+        ("000000002", "one", "eno"), ("000000002", "two", "owt"), ("000000002", "three", "eerht"),
+        ("000010003", "four", "ruof")}
     with pytest.raises(ValueError, match="no image that the side file names"):
         draw(Shards(pattern, 16, side={"elsewhere": [{}]}), 1)
 
@@ -336,7 +367,7 @@ def test_a_bad_side_file_is_refused_by_line(tmp_path):
 
 def test_shards_are_for_the_cycle(tmp_path):
     with pytest.raises(ValueError, match="no edited images"):
-        Shards(shards(tmp_path, 1), 16, pairs=True)
+        Shards(some_shards(tmp_path, 1), 16, pairs=True)
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (640, 360), (201, 200)])
@@ -344,37 +375,39 @@ def test_white_borders_are_cut_off(shape):
     """As img2dataset makes them: the longer side to 256, then white, half of it on each side."""
     width, height = (round(256 * side / max(shape)) for side in shape)
     image, (left, top) = torch.ones(3, 256, 256), ((256 - width) // 2, (256 - height) // 2)
-    image[:, top:top + height, left:left + width] = ramps(height, width, .2, over=300)
+    image[:, top:top + height, left:left + width] = ramps(height, width, 0.2, over=300)
     file = io.BytesIO()
     to_pil(image).save(file, "JPEG", quality=95)
-    image, row = data.load_image("a.jpg", file.getvalue()), {"original_width": shape[0], "original_height": shape[1]}
-    cut = data.without_border(image, row)
-    assert (cut[2] < 0).all()                                 # the ramps' blue is .2, white's is 1
+    image = load_image("a.jpg", file.getvalue())
+    row = {"original_width": shape[0], "original_height": shape[1]}
+    cut = without_border(image, row)
+    assert (cut[2] < 0).all()                                 # the ramps' blue is 0.2, white's is 1
     assert 0 <= height - cut.shape[1] <= 4 and 0 <= width - cut.shape[2] <= 4
     for row in ({}, {"original_width": "wide", "original_height": 0}, row | {"original_width": None}):
-        assert data.without_border(image, row) is image
+        assert without_border(image, row) is image
 
 
 def test_what_only_looks_like_a_border_stays():
     """Squares that were cropped from oblong images, and images that kept their shape."""
     oblong = {"original_width": 300, "original_height": 200}
-    cropped, kept = ramps(60, 60, .2), torch.ones(3, 40, 60)
-    assert torch.equal(data.without_border(cropped, oblong), cropped) and torch.equal(data.without_border(kept, oblong), kept)
+    cropped, kept = ramps(60, 60, 0.2), torch.ones(3, 40, 60)
+    for image in (cropped, kept):
+        assert torch.equal(without_border(image, oblong), image)
     white = torch.ones(3, 60, 60)
-    assert torch.equal(data.without_border(white, {"original_width": 9, "original_height": 9}), white)
-    assert min(data.without_border(white, {"original_width": 1, "original_height": 9999}).shape) > 0
+    assert torch.equal(without_border(white, {"original_width": 9, "original_height": 9}), white)
+    assert min(without_border(white, {"original_width": 1, "original_height": 9999}).shape) > 0
 
 
 @pytest.mark.parametrize("word", ["left", "Right"])
 def test_no_flip_where_a_side_file_says_left_or_right(tmp_path, word):
-    pattern = shards(tmp_path, 10, instruction=None)
+    pattern = some_shards(tmp_path, 10, instruction=None)
     for text, flips in ((f"the {word} boat", False), ("the boat", True)):
         side = {f"00000{n:04}": [{"instruction": text}] for n in range(10)}
         (batch,), _ = draw(Shards(pattern, 32, side=side), 1, 10)
         assert flipped(batch.images).any() == flips
 
 
-# ---- InstructPix2Pix's tree ----------------------------------------------------------------------------------------------
+# ---- InstructPix2Pix's tree ------------------------------------------------------------------------------------------
 
 def tree(path, count, seeds=(11, 22)):
     """Seeds differ in green, the edited image in blue; the captions are the directories' names."""
@@ -401,16 +434,21 @@ def test_the_baseline_of_instruct_pix2pix_needs_no_reverse_instruction(tmp_path)
     drawn = [all_of(source, epoch) for epoch in range(10)]
     batch = drawn[0]
     assert batch.captions == [f"{n:07}" for n in range(18)] and batch.reverse_instructions == [""] * 18
-    assert batch.instructions == [f"edit {n}" for n in range(18)] and batch.edited_captions == [f"output {n}" for n in range(18)]
-    assert (batch.images[:, 2] < -.9).all() and (batch.edited_images[:, 2] > .9).all()
-    greens = {(round(a.item()), round(b.item())) for x in drawn for a, b in zip(x.images[:, 1].mean((1, 2)), x.edited_images[:, 1].mean((1, 2)))}
+    assert batch.instructions == [f"edit {n}" for n in range(18)]
+    assert batch.edited_captions == [f"output {n}" for n in range(18)]
+    assert (batch.images[:, 2] < -0.9).all() and (batch.edited_images[:, 2] > 0.9).all()
+    greens = set()
+    for batch in drawn:
+        pair = (images[:, 1].mean((1, 2)).round().tolist() for images in (batch.images, batch.edited_images))
+        greens |= set(zip(*pair))
     assert greens == {(-1, -1), (1, 1)}                       # both seeds are drawn, the two images of a pair from one
 
 
 def test_the_splits_of_instruct_pix2pix_and_the_reverse_instructions_of_the_side_file(tmp_path):
     tree(tmp_path, 40, seeds=[1])
-    names = {split: [item[0].name for item in InstructPix2Pix(tmp_path, split, 16, pairs=True).items] for split in ("train", "validation")}
-    assert names == {"train": [f"{n:07}" for n in range(36)], "validation": [f"{n:07}" for n in (36, 37)]}
+    for split, numbers in {"train": range(36), "validation": (36, 37)}.items():
+        source = InstructPix2Pix(tmp_path, split, 16, pairs=True)
+        assert [item[0].name for item in source.items] == [f"{n:07}" for n in numbers]
     batch = all_of(InstructPix2Pix(tmp_path, "train", 16, side=reverse_of(5)))
     assert batch.reverse_instructions == [f"reverse {n}" for n in range(5)] and batch.edited_images is None
     for split, side in (("train", {}), ("validation", reverse_of(36))):
@@ -434,7 +472,7 @@ def test_a_directory_of_which_no_seed_is_named_is_a_broken_sample(tmp_path):
     assert "names no pair" in str(errors)
 
 
-# ---- all of them ---------------------------------------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 def some_source(kind, path):
     """A source of 14 samples."""
@@ -445,7 +483,7 @@ def some_source(kind, path):
         return Folder(folder(path, 14), 16)
     if kind == "tree":
         return InstructPix2Pix(tree(path, 16), "train", 16, side=reverse_of(14))
-    return Shards(shards(path, 5, 3, 6), 16)
+    return Shards(some_shards(path, 5, 3, 6), 16)
 
 
 KINDS = ("folder", "shards", "tree", "mix")
@@ -453,7 +491,7 @@ KINDS = ("folder", "shards", "tree", "mix")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_source_resumes_at_the_very_sample_with_any_number_of_workers(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(data, "BUFFER", 4)
+    monkeypatch.setattr(shards, "BUFFER", 4)
     source = some_source(kind, tmp_path / "data")
     whole, captions = draw(source, 16, 3)
     assert set(Counter(captions[:42]).values()) == {3} or kind == "mix"
@@ -484,31 +522,38 @@ def test_a_path_says_what_it_is(tmp_path):
         (tmp_path / name).mkdir()
     assert isinstance(open_source(str(folder(tmp_path / "folder")), "train", 16), Folder)
     assert isinstance(open_source(str(tree(tmp_path / "tree", 2)), "train", 16, pairs=True), InstructPix2Pix)
-    assert isinstance(open_source(shards(tmp_path, 2), "train", 16), Shards)
+    assert isinstance(open_source(some_shards(tmp_path, 2), "train", 16), Shards)
     assert isinstance(open_source("toy", "train", 32), ToyWorld)
     with pytest.raises(ValueError, match="elsewhere/metadata.jsonl is missing"):
         open_source("elsewhere", "train", 16)
 
 
-def test_the_measurement_of_the_rate(tmp_path, monkeypatch, capsys):
-    ticks = iter(range(0, 1000, 3))
-    monkeypatch.setattr(data.time, "time", lambda: next(ticks))
-    monkeypatch.setattr(sys, "argv", ["data.py", shards(tmp_path, 9), "--resolution", "16"])
-    data.main()
-    assert "samples/s at 16x16" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["data.py", "elsewhere.tar"])
-    with pytest.raises(SystemExit):
-        data.main()
-    assert capsys.readouterr().err == "data.py: error: elsewhere.tar: there is no such shard\n"
+def test_the_data_of_a_command_are_mixed_in_proportion(tmp_path, capsys):
+    """A=3 B has three samples of A for one of B, in training and in validation; and so have B A=3 and A=1.5 B=0.5."""
+    for name, caption in (("a", "of a"), ("b", "of b")):
+        (tmp_path / name).mkdir()
+        folder(tmp_path / name, 4, caption=caption)
+    a, b = tmp_path / "a", tmp_path / "b"
+    for sources in ([f"{a}=3", str(b)], [str(b), f"{a}=3"], [f"{a}=1.5", f"{b}=0.5"]):
+        args = SimpleNamespace(data=sources, texts=None, validation=None, objective="cycle", resolution=16, seed=0)
+        for source in open_data(args):
+            _, captions = draw(source, 20, 10)
+            assert 130 < captions.count("of a") < 170 and len(captions) == 200
+    assert "validation on the training data" in capsys.readouterr().out
+    args.validation, args.objective = str(b), "ip2p"
+    train, validation = open_data(args)
+    (batch,), captions = draw(validation, 1, 8)
+    assert set(captions) == {"of b"} and batch.edited_images is not None
+    assert set(draw(train, 1, 20)[1]) == {"of a", "of b"}
+    assert capsys.readouterr().out == ""
 
 
-# ---- what is broken ------------------------------------------------------------------------------------------------------
+# ---- what is broken --------------------------------------------------------------------------------------------------
 
 def test_a_broken_image_is_reported_and_the_order_of_the_others_stays(tmp_path, capsys):
     keys = [f"{n:04}" for n in range(12)]
     broken = {"0003": jpeg()[:200], "0007": b"", "0008": b"<html>"}
-    write_shard(tmp_path / "a.tar", [m for key in keys for m in ((f"{key}.jpg", broken.get(key, jpeg())), (
-        f"{key}.json", json.dumps(EDIT | {"caption": key}).encode()))])
+    one_shard(tmp_path / "a.tar", {key: broken.get(key, jpeg()) for key in keys})
     source = Shards(f"{tmp_path}/a.tar", 16)
     order = [item[0][-5:-1] for _, item in islice(source.order(0, 0), 24)]
     for batch_size in (1, 4):                                 # with 1, batches that are broken as a whole
@@ -522,15 +567,14 @@ def test_a_broken_image_is_reported_and_the_order_of_the_others_stays(tmp_path, 
 
 
 def test_more_than_one_broken_sample_in_a_hundred_stops(tmp_path):
-    write_shard(tmp_path / "a.tar", [m for n in range(150) for m in (
-        (f"{n}.jpg", jpeg((16, 16)) if n % 75 else b"broken"), (f"{n}.json", json.dumps(EDIT | {"caption": "a"}).encode()))])
+    one_shard(tmp_path / "a.tar", {str(n): jpeg((16, 16)) if n % 75 else b"broken" for n in range(150)})
     with pytest.raises(ValueError, match="11 of 7.. samples are broken; the last is .*a.tar '(0|75)'") as error:
         draw(Shards(f"{tmp_path}/a.tar", 16), 1000)
     assert "\n" not in str(error.value)
 
 
 def test_a_source_without_a_good_sample_stops(tmp_path):
-    pattern = shards(tmp_path, 5, instruction=None)
+    pattern = some_shards(tmp_path, 5, instruction=None)
     with pytest.raises(ValueError, match="11 of 11 samples are broken; .* no text for instruction"):
         draw(Shards(pattern, 16), 1)
     (tmp_path / "b.tar").write_bytes(b"no archive" * 100)
@@ -543,14 +587,14 @@ def test_a_source_without_a_good_sample_stops(tmp_path):
 
 @pytest.mark.parametrize("damage", ["in an image", "in a header", "before the end", "a header"])
 def test_the_whole_samples_of_a_truncated_shard_are_used(tmp_path, capsys, damage):
-    pattern = shards(tmp_path, 6)
+    pattern = some_shards(tmp_path, 6)
     with tarfile.open(tmp_path / "00000.tar") as tar:
         start, last = tar.getmember("000000004.jpg"), tar.getmember("000000005.txt")
     content = (tmp_path / "00000.tar").read_bytes()
     (tmp_path / "00000.tar").write_bytes({
         "in an image": content[:start.offset_data + 300], "in a header": content[:start.offset + 100],
-        "before the end": content[:last.offset_data + 512], "a header": content[:start.offset] + b"x" * 512 + content[start.offset + 512:],
-    }[damage])
+        "before the end": content[:last.offset_data + 512],
+        "a header": content[:start.offset] + b"x" * 512 + content[start.offset + 512:]}[damage])
     whole = 6 if damage == "before the end" else 4
     _, captions = draw(Shards(pattern, 16), whole + 1)
     assert set(captions) == {f"00000{n:04}" for n in range(whole)}
@@ -558,11 +602,10 @@ def test_the_whole_samples_of_a_truncated_shard_are_used(tmp_path, capsys, damag
 
 
 def test_members_are_read_up_to_a_bound(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "LARGEST", 500)
-    write_shard(tmp_path / "a.tar", [m for n, image in enumerate((jpeg((16, 16), "WEBP"), jpeg((300, 300)))) for m in (
-        (f"{n}.webp", image), (f"{n}.json", json.dumps(EDIT | {"caption": str(n)}).encode()))])
+    monkeypatch.setattr(shards, "LARGEST", 500)
+    one_shard(tmp_path / "a.tar", {"0": jpeg((16, 16), "WEBP"), "1": jpeg((300, 300))})
     assert set(draw(Shards(f"{tmp_path}/a.tar", 16), 8)[1]) == {"0"}
-    assert "a.tar '1': its .webp" in capsys.readouterr().err
+    assert "a.tar '1': its .jpg" in capsys.readouterr().err
 
 
 def test_a_missing_image_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The published protocols on miniatures of their data sets: each metric by another route, and evaluate.py as a user runs it."""
+"""experiments/published.py as a user runs it, on miniatures of its data sets; each metric also by another route."""
 import json
 import re
 import shutil
@@ -14,13 +14,12 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, ViTCon
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import edit
-import evaluate
-import protocols
 import toy
+from experiments import published
+from experiments.published import (METRICS, Dino, compare, directions, plot, preprocess, read_magicbrush,
+                                   read_test_split)
 from losses import ClipScorer
-from pictures import load_image, plot, save_png
-from protocols import METRICS, Dino, compare, directions, preprocess, read_magicbrush, read_test_split
-from truth import judge_attention
+from pictures import load_image, save_png
 from uip2p import EditModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,11 +52,12 @@ def judges(dino_path):
     return ClipScorer.from_pretrained(CLIP), Dino.from_pretrained(dino_path)
 
 
-# ---- miniatures ----------------------------------------------------------------------------------------------------------
+# ---- miniatures ------------------------------------------------------------------------------------------------------
 
 def magicbrush(path, turns=(1, 3, 2)):
-    """MagicBrush's test with sessions of so many turns, of toy scenes, the second one's larger.  Of the captions, the first
-    session has no local one and the second an empty one for its last turn."""
+    """MagicBrush's test with sessions of so many turns, of toy scenes, the second one's larger.
+
+    Of the captions, the first session has no local one and the second an empty one for its last turn."""
     sessions, captions = {}, {"global": {}, "local": {}}
     for s, count in enumerate(turns):
         id, rows, edits = str(1000 + s), [], [toy.edit("test", 10 * s + n) for n in range(count)]
@@ -101,7 +101,8 @@ def instruct_pix2pix(path, count=40):
         e, name = toy.edit("test", n), f"{n:07}"
         (path / name).mkdir(parents=True)
         caption = {"caption" if n % 2 else "input": e.scene.caption}
-        (path / name / "prompt.json").write_text(json.dumps(caption | {"edit": e.instruction, "output": e.edited.caption}))
+        texts = caption | {"edit": e.instruction, "output": e.edited.caption}
+        (path / name / "prompt.json").write_text(json.dumps(texts))
         for seed in (n + 5, n + 6):
             for i, image in enumerate(toy.render([e.scene, e.edited])):
                 save_png(image, path / name / f"{seed}_{i}.jpg")
@@ -117,8 +118,8 @@ def brush(tmp_path_factory):
 
 
 def run(output, dino, *argv):
-    """evaluate.py magicbrush -> its table as {(setting, method): values}, its lines, and the rows of its .jsonl."""
-    evaluate.main(["magicbrush", *map(str, argv), "--clip", str(CLIP), "--dino", str(dino), "--output", str(output)])
+    """published.py magicbrush -> its table as {(setting, method): values}, its lines, and the rows of its .jsonl."""
+    published.main(["magicbrush", *map(str, argv), "--clip", str(CLIP), "--dino", str(dino), "--output", str(output)])
     lines = (output / "magicbrush.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
     rows = [json.loads(line) for line in (output / "magicbrush.jsonl").read_text().splitlines()]
@@ -129,18 +130,20 @@ def refuse(capsys, *argv):
     """The message of a run that must fail with one line, after bars at most, and status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([str(a) for a in argv])
+        published.main([str(a) for a in argv])
     *bars, error = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and error.startswith("evaluate.py: error: ") and not [b for b in bars if b and "it/s" not in b]
+    assert stop.value.code == 2 and error.startswith("experiments.published: error: ")
+    assert not [b for b in bars if b and "it/s" not in b]
     return error
 
 
-# ---- metrics, by another route -------------------------------------------------------------------------------------------
+# ---- metrics, by another route ---------------------------------------------------------------------------------------
 
 def processed(picture, resize, crop, mean, std):
     """By transformers: resized and cut by CLIP's processor, normalised by ViT's -> (1, 3, crop, crop)."""
-    cut = CLIPImageProcessorPil(size={"shortest_edge": resize}, crop_size={"height": crop, "width": crop}, do_rescale=False,
-                                do_normalize=False)(picture, return_tensors="np").pixel_values[0]
+    processor = CLIPImageProcessorPil(size={"shortest_edge": resize}, crop_size={"height": crop, "width": crop},
+                                      do_rescale=False, do_normalize=False)
+    cut = processor(picture, return_tensors="np").pixel_values[0]
     normalise = ViTImageProcessorPil(do_resize=False, image_mean=mean, image_std=std)
     return normalise(Image.fromarray(cut.transpose(1, 2, 0).astype(np.uint8)), return_tensors="pt").pixel_values
 
@@ -161,7 +164,7 @@ def test_embeddings_are_those_of_the_models_own_processors(judges, dino_path):
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     with torch.no_grad():
         theirs = model.get_image_features(processor(pictures, return_tensors="pt").pixel_values).pooler_output
-        ours = protocols.clip_embed(clip, [tensor(p) for p in pictures])
+        ours = published.clip_embed(clip, [tensor(p) for p in pictures])
         assert torch.nn.functional.cosine_similarity(ours, theirs).min() > .9995
         inputs = torch.cat([processed(p, 36, 32, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) for p in pictures])
         theirs = ViTModel.from_pretrained(dino_path, add_pooling_layer=False)(inputs).last_hidden_state[:, 0]
@@ -201,7 +204,8 @@ def test_magicbrushs_metrics_by_numpy_and_pillow(judges):
             else:
                 assert row[name] is None
     black, grey = torch.full((3, 32, 32), -1.), torch.full((3, 32, 32), -.5)
-    assert [compare([grey], [black], [("", "")], clip, dino)[0][name] for name in ("L1", "L2")] == [.25, .0625]  # by hand
+    row, = compare([grey], [black], [("", "")], clip, dino)
+    assert (row["L1"], row["L2"]) == (.25, .0625)             # by hand
 
 
 def test_the_curves_numbers_by_numpy(judges):
@@ -219,14 +223,15 @@ def test_the_curves_numbers_by_numpy(judges):
     assert [row["direction"] for row in back] == pytest.approx([-row["direction"] for row in rows], abs=1e-6)
 
 
-# ---- MagicBrush ----------------------------------------------------------------------------------------------------------
+# ---- MagicBrush ------------------------------------------------------------------------------------------------------
 
 def test_magicbrush_is_read_as_it_is_on_disk(brush):
     sessions = read_magicbrush(brush)
     assert [len(session) for session in sessions] == [1, 3, 2]
     turn = sessions[1][2]
     assert (turn.input, turn.target) == (brush / "images/1001/1001-output2.png", brush / "images/1001/1001-output3.png")
-    assert turn.instruction == toy.edit("test", 12).instruction and turn.captions == (toy.edit("test", 12).edited.caption, "")
+    e = toy.edit("test", 12)
+    assert turn.instruction == e.instruction and turn.captions == (e.edited.caption, "")
     assert sessions[2][0].captions[1] == toy.edit("test", 20).instruction and sessions[0][0].captions[1] == ""
     assert [turn.output(s) for s in ("single-turn", "multi-turn")] == ["1001/1001_inde_3.png", "1001/1001_iter_3.png"]
     assert {sessions[1][0].output(s) for s in ("single-turn", "multi-turn")} == {"1001/1001_1.png"}
@@ -236,24 +241,29 @@ def test_single_turns_start_from_true_inputs_and_multi_turns_from_the_last_outpu
     table, lines, rows = run(tmp_path / "out", dino_path, brush, *FAST)
     said = capsys.readouterr().out
     folder, = (tmp_path / "out").glob("*/2-steps-1.5-1.2")    # the guidance that the model recommends
-    assert "steps 2, cfg_text 1.5, cfg_image 1.2, resolution 32" in said and "seed 0, device cpu, precision fp32" in said
+    assert "steps 2, cfg_text 1.5, cfg_image 1.2, resolution 32" in said
+    assert "seed 0, device cpu, precision fp32" in said
     assert sorted(f.name for f in folder.glob("*/*")) == [
-        "1000_1.png", "1001_1.png", "1001_inde_2.png", "1001_inde_3.png", "1001_iter_2.png", "1001_iter_3.png", "1002_1.png",
-        "1002_inde_2.png", "1002_iter_2.png"]
+        "1000_1.png", "1001_1.png", "1001_inde_2.png", "1001_inde_3.png", "1001_iter_2.png", "1001_iter_3.png",
+        "1002_1.png", "1002_inde_2.png", "1002_iter_2.png"]
     third = read_magicbrush(brush)[1][2]
     for source, output in ((third.input, "1001_inde_3"), (folder / "1001/1001_iter_2.png", "1001_iter_3")):
         edit.main(["--input", str(source), "--edit", third.instruction, "--output", str(tmp_path / "o.png"), "--model",
                    str(MODEL), "--steps", "2"])
         alone, ours = (load_image(path) for path in (tmp_path / "o.png", folder / f"1001/{output}.png"))
-        assert alone.shape == ours.shape and (alone - ours).abs().max() <= 2.1 / 127.5   # a batch of two may round otherwise
-    assert not (load_image(folder / "1001/1001_inde_3.png") - load_image(folder / "1001/1001_iter_3.png")).abs().max() < .05
+        assert alone.shape == ours.shape
+        assert (alone - ours).abs().max() <= 2.1 / 127.5      # a batch of two may round otherwise
+    single, multi = (load_image(folder / f"1001/1001_{kind}_3.png") for kind in ("inde", "iter"))
+    assert not (single - multi).abs().max() < .05
 
     method = f"{MODEL}, 2 steps"
     judged = {setting: [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
               for setting in ("single-turn", "multi-turn")}
-    assert [row["output"] for row in judged["multi-turn"]] == ["1000/1000_1.png", "1001/1001_iter_3.png", "1002/1002_iter_2.png"]
+    assert [row["output"] for row in judged["multi-turn"]] == [
+        "1000/1000_1.png", "1001/1001_iter_3.png", "1002/1002_iter_2.png"]
     assert len(judged["single-turn"]) == 6 and judged["single-turn"][3]["output"] == "1001/1001_inde_3.png"
-    target, output = (np.asarray(Image.open(path), float) / 255 for path in (third.target, folder / "1001/1001_iter_3.png"))
+    files = third.target, folder / "1001/1001_iter_3.png"
+    target, output = (np.asarray(Image.open(path), float) / 255 for path in files)
     assert judged["multi-turn"][1]["L2"] == pytest.approx(((target - output) ** 2).mean(), abs=1e-5)
     for setting, own in judged.items():
         for i, name in enumerate(METRICS):
@@ -268,9 +278,10 @@ def test_single_turns_start_from_true_inputs_and_multi_turns_from_the_last_outpu
 
 
 def test_published_rows_are_those_of_the_paper():
-    assert {len(values) for rows in protocols.PUBLISHED.values() for values in rows.values()} == {5}
-    rows = [row for setting in protocols.PUBLISHED.values() for row in setting.values()]
-    assert len(rows) == 10 and [round(sum(column), 4) for column in zip(*rows)] == [1.046, .3435, 8.7246, 7.8813, 2.8491]
+    assert {len(values) for rows in published.PUBLISHED.values() for values in rows.values()} == {5}
+    rows = [row for setting in published.PUBLISHED.values() for row in setting.values()]
+    sums = [round(sum(column), 4) for column in zip(*rows)]
+    assert len(rows) == 10 and sums == [1.046, .3435, 8.7246, 7.8813, 2.8491]
 
 
 def test_a_run_that_was_killed_continues_and_ends_with_the_same_bytes(tmp_path, brush, dino_path, capsys):
@@ -309,7 +320,7 @@ def test_another_editors_folder_is_scored(tmp_path, brush, dino_path):
         assert table[setting, str(perfect)][:4] == ["0.0000", "0.0000", "1.0000", "1.0000"]
         assert float(table[setting, str(perfect)][4]) > float(table[setting, str(copy)][4])
     assert table["multi-turn", str(copy)] == table["multi-turn", "copy of the input"]
-    assert table["single-turn", str(copy)] != table["single-turn", "copy of the input"]    # of which inputs are true ones
+    assert table["single-turn", str(copy)] != table["single-turn", "copy of the input"]   # whose inputs are true ones
     assert len(rows) == 3 * (6 + 3) and list(tmp_path.glob("out/*/")) == []
 
 
@@ -336,7 +347,8 @@ def test_bad_magicbrush_data_is_refused_before_any_work(tmp_path, dino_path, cap
         return change
     (tmp_path / "secret.png").write_bytes(b"")
     for n, (name, words) in enumerate((
-            ("../../../secret.png", "not ID-input.png"), ("/etc/passwd", "not ID-input.png"), (7, "is 7"), (None, "is None"),
+            ("../../../secret.png", "not ID-input.png"), ("/etc/passwd", "not ID-input.png"), (7, "is 7"),
+            (None, "is None"),
             ("1000-input.png", "not ID-input.png"), ("1001-/../1001-input.png", "not ID-input.png"),
             ("1001-output9.png", "missing"))):
         assert words in refuse(capsys, "magicbrush", damaged(f"n{n}", edit_sessions=with_name("input", name)), *FAST)
@@ -344,9 +356,12 @@ def test_bad_magicbrush_data_is_refused_before_any_work(tmp_path, dino_path, cap
     for n, (content, words) in enumerate((([], "JSON object"), ({}, "empty"), ({"1000": {}}, "no list of turns"),
                                           ({"1000": ["a"]}, "no instruction"), (escape, "not ID-input.png"))):
         assert words in refuse(capsys, "magicbrush", damaged(f"c{n}", edit_sessions=lambda sessions: content), *FAST)
-    assert "no instruction" in refuse(capsys, "magicbrush", damaged("i", edit_sessions=with_name("instruction", " ")), *FAST)
-    assert "does not list the turns" in refuse(capsys, "magicbrush", damaged("t", edit_turns=lambda s: s["1001"]), *FAST)
-    assert "{ID: {file" in refuse(capsys, "magicbrush", damaged("g", global_descriptions=lambda s: {"1000": "text"}), *FAST)
+    path = damaged("i", edit_sessions=with_name("instruction", " "))
+    assert "no instruction" in refuse(capsys, "magicbrush", path, *FAST)
+    path = damaged("t", edit_turns=lambda s: s["1001"])
+    assert "does not list the turns" in refuse(capsys, "magicbrush", path, *FAST)
+    path = damaged("g", global_descriptions=lambda s: {"1000": "text"})
+    assert "{ID: {file" in refuse(capsys, "magicbrush", path, *FAST)
     path = damaged("f")
     (path / "global_descriptions.json").write_text("{oops")
     assert "not valid JSON" in refuse(capsys, "magicbrush", path, *FAST)
@@ -359,7 +374,8 @@ def test_local_captions_may_be_in_a_file_of_another_name(tmp_path):
     path = magicbrush(tmp_path / "data")
     before = [turn.captions for session in read_magicbrush(path) for turn in session]
     (path / "local_descriptions.json").rename(path / "local_captions.json")
-    assert [turn.captions for session in read_magicbrush(path) for turn in session] == before and any(c[1] for c in before)
+    assert [turn.captions for session in read_magicbrush(path) for turn in session] == before
+    assert any(c[1] for c in before)
 
 
 def test_bad_arguments_are_refused(tmp_path, brush, dino_path, capsys, monkeypatch):
@@ -372,15 +388,17 @@ def test_bad_arguments_are_refused(tmp_path, brush, dino_path, capsys, monkeypat
     (tmp_path / "kept.png").rename(folder / "1001/1001_iter_3.png")
     (folder / "1001/1001_inde_2.png").write_text("no image")
     assert "not an image" in refuse(capsys, *whole, "--outputs", folder)
-    for flags, word in (((), "--models, --outputs"), (("--models", "no-model"), "no-model"), ((*FAST, "--limit", 0), "--limit"),
-                        ((*FAST, "--steps", 0), "--steps"), ((*FAST, "--dino", tmp_path), "cannot be loaded"),
-                        ((*FAST, "--clip", tmp_path / "nowhere"), "nowhere"), ((*FAST, "--device", "abacus"), "abacus")):
+    for flags, word in (((), "--models, --outputs"), (("--models", "no-model"), "no-model"),
+                        ((*FAST, "--limit", 0), "--limit"), ((*FAST, "--steps", 0), "--steps"),
+                        ((*FAST, "--dino", tmp_path), "cannot be loaded"),
+                        ((*FAST, "--clip", tmp_path / "nowhere"), "nowhere"),
+                        ((*FAST, "--device", "abacus"), "abacus")):
         assert word in refuse(capsys, *whole, *flags)
     assert "invalid choice" in refuse(capsys, "magick") and "required" in refuse(capsys)
     assert not (tmp_path / "outputs").exists()
 
 
-# ---- InstructPix2Pix's curve ---------------------------------------------------------------------------------------------
+# ---- InstructPix2Pix's curve -----------------------------------------------------------------------------------------
 
 def test_the_test_split_is_the_last_twentieth(tmp_path):
     samples, total = read_test_split(instruct_pix2pix(tmp_path), None)
@@ -399,7 +417,7 @@ def test_the_curve_of_a_model_and_of_another_editors_points(tmp_path, judges, ca
             shutil.copy(str(sample.input).replace("_0.jpg", f"_{i}.jpg"), other / point / sample.output)
     argv = ["curve", data, "--clip", CLIP, "--output", tmp_path / "out"]
     flags = [*FAST, "--cfg-text", 1.5, "--cfg-image", 1.0, 2.2, "--outputs", other]
-    evaluate.main([*map(str, argv), *map(str, flags)])
+    published.main([*map(str, argv), *map(str, flags)])
     rows = {row["point"]: row for row in map(json.loads, (tmp_path / "out/curve.jsonl").read_text().splitlines())}
     assert list(rows) == ["s_I = 1.0", "s_I = 2.2", "copy", "true"]
     assert {(row["samples"], row["of"]) for row in rows.values()} == {(3, 3)}
@@ -417,7 +435,7 @@ def test_the_curve_of_a_model_and_of_another_editors_points(tmp_path, judges, ca
     assert "| IP2P, read off the published figure | s_I = 1.0 | 0.151 | 0.800 |" in table
     with Image.open(tmp_path / "out/curve.png") as sheet:
         assert len(sheet.getcolors(10 ** 6)) > 7
-    evaluate.main([*map(str, argv), *map(str, flags), "--limit", "1"])
+    published.main([*map(str, argv), *map(str, flags), "--limit", "1"])
     assert "ONLY 1 of 3 samples (--limit)" in (tmp_path / "out/curve.md").read_text()
 
     (other / "true" / samples[2].output).unlink()
@@ -427,16 +445,17 @@ def test_the_curve_of_a_model_and_of_another_editors_points(tmp_path, judges, ca
 
 
 def test_the_default_curve_is_the_published_one():
-    args = evaluate.parser().parse_args(["curve", "data"])
+    args = published.parser().parse_args(["curve", "data"])
     assert (args.cfg_text, args.cfg_image) == (7.5, (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2))
 
 
 def test_bad_trees_are_refused(tmp_path, capsys):
     judge = [*FAST, "--clip", CLIP, "--output", tmp_path / "out"]
     instruct_pix2pix(tmp_path / "outside", 1)
-    for n, (row, words) in enumerate(((["../outside/0000000", [5]], "not one of a directory"), (["0000019", []], "has no seed"),
-                                      (["0000019", ["../5"]], "has no seed"), (["0000019", [99]], "99_0.jpg is missing"),
-                                      (["missing", [1]], "prompt.json"))):
+    for n, (row, words) in enumerate((
+            (["../outside/0000000", [5]], "not one of a directory"), (["0000019", []], "has no seed"),
+            (["0000019", ["../5"]], "has no seed"), (["0000019", [99]], "99_0.jpg is missing"),
+            (["missing", [1]], "prompt.json"))):
         path = instruct_pix2pix(tmp_path / f"data{n}", 20)
         rows = json.loads((path / "seeds.json").read_text())
         (path / "seeds.json").write_text(json.dumps(rows[:19] + [row]))
@@ -452,51 +471,13 @@ def test_a_plot_shows_points_where_they_are():
     sheet = plot({"ours": [(0, 0), (1, 1)]}, {"theirs": [(0, 1), (.5, .5)]}, ("x", "y"), size=(200, 100), margin=60)
     ours, theirs = (sheet.getpixel(place) for place in ((60, 160), (60, 60)))
     assert ours == sheet.getpixel((260, 60)) != (255, 255, 255)                # the ends of our line, filled
-    assert theirs == (255, 255, 255) and sheet.getpixel((60, 56)) not in (theirs, ours)      # the published ones are rings
+    assert theirs == (255, 255, 255) and sheet.getpixel((60, 56)) not in (theirs, ours)   # published ones are rings
 
 
-# ---- the toy world -------------------------------------------------------------------------------------------------------
+# ---- the program -----------------------------------------------------------------------------------------------------
 
-def test_the_picture_of_the_steps(tmp_path):
-    evaluate.main(["toy", "--scenes", "3", "--steps", "1", "2", "3", "--picture", str(tmp_path / "steps.png")])
-    with Image.open(tmp_path / "steps.png") as sheet:
-        assert sheet.width > 5 * 128 and sheet.height > 3 * 128
-
-
-def test_as_a_program(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", "magicbrush", "nowhere", "--models", "models/toy"], cwd=tmp_path,
-                          capture_output=True, text=True)
+def test_as_a_program():
+    command = [sys.executable, "-m", "experiments.published", "magicbrush", "nowhere", "--models", "models/toy"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch("evaluate.py: error: nowhere/.* is missing.*\n", done.stderr)
-
-
-# ---- attention against the true mask -------------------------------------------------------------------------------------
-
-def test_attention_is_judged_by_the_true_mask(monkeypatch):
-    """A map that is the true mask has IoU 1 and points into it; its opposite 0 and not; half of it half, of either instruction."""
-    edits = [toy.edit("test", i) for i in (0, 2)]             # a colour and a shape
-    images, truth = toy.render([e.scene for e in edits]), toy.render([e.edited for e in edits])
-    mask = toy.edit_mask(images, truth)[:, 0].float()
-    half = mask * (mask.flatten(1).cumsum(1) <= mask.sum((1, 2))[:, None] / 2).view_as(mask)
-    given = {edits[0].instruction: mask, edits[0].reverse_instruction: 1 - mask}
-    def maps(model, images, outputs, instructions):
-        assert len(instructions) == 2
-        return given[instructions[0]]
-    monkeypatch.setattr("truth.edit_map", maps)
-    scores = judge_attention(None, edits, images, truth)
-    assert {name: score.tolist() for name, score in scores.items()} == {
-        "A_f IoU": [1, 1], "A_f pointing": [1, 1], "A_r IoU": [0, 0], "A_r pointing": [0, 0], "agreement": [0, 0],
-        "mask": pytest.approx(mask.mean((1, 2)).tolist())}
-    given = dict.fromkeys(given, half)
-    scores = judge_attention(None, edits, images, truth)
-    assert scores["A_r IoU"].tolist() == pytest.approx([.5, .5], abs=.02) and scores["A_r pointing"].tolist() == [1, 1]
-
-
-def test_the_edit_by_captions_is_sampled_as_any_other():
-    """Without guidance it is the image's branch alone; with it, the captions count."""
-    model, edits = EditModel.from_pretrained("models/toy"), [toy.edit("test", i) for i in range(2)]
-    images = toy.render([e.scene for e in edits])
-    by_captions = [evaluate.edit_by_captions(model, edits, images, 4, guidance, torch.Generator().manual_seed(0)) for guidance in (0, 2)]
-    plain = model.edit(images, ["", ""], 4, text_guidance=0, image_guidance=1, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(by_captions[0], plain, atol=1e-3, rtol=0)
-    assert (by_captions[1] - plain).abs().mean() > .01
+    assert re.fullmatch("experiments.published: error: nowhere/.* is missing.*\n", done.stderr)

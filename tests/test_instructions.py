@@ -1,4 +1,5 @@
-"""instructions.py as a user runs it, with language models of a few thousand weights, and its checks on recorded answers."""
+"""prepare.instructions as a user runs it, with language models of a few thousand weights; its checks on recorded
+answers."""
 import io
 import json
 import shutil
@@ -12,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import instructions
 import toy
 from data import TEXTS, Folder
-from instructions import check, find_files, generate, judge, load, read_captions, read_prompt, show
 from pictures import save_png
+from prepare import instructions
+from prepare.instructions import check, find_files, generate, judge, load, read_captions, read_prompt, show
 
 ANSWERS = Path(__file__).parent / "answers.jsonl"
-GOOD = dict(zip(TEXTS, ("a red barn in the snow", "paint the barn blue", "a blue barn in the snow", "paint the barn red")))
+GOOD = dict(zip(TEXTS, ("a red barn in the snow", "paint the barn blue",
+                        "a blue barn in the snow", "paint the barn red")))
 # as Gemma 2's: a user and a model who take turns, and no system
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {%- if message.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}<start_of_turn>{{
@@ -42,12 +44,14 @@ def make_model(config, model, template=None):
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator([PROMPT, str(KNOWN)], trainers.BpeTrainer(
         special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
-                                        additional_special_tokens=specials[3:], chat_template=template, padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+        additional_special_tokens=specials[3:], chat_template=template, padding_side="left")
     torch.manual_seed(0)
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=32, num_attention_heads=2)
-    return model(config(vocab_size=len(tokenizer), num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-                        **sizes)), tokenizer
+    config = config(vocab_size=len(tokenizer), num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+                    **sizes)
+    return model(config), tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +108,8 @@ def guessing(folders, monkeypatch):
 def run(model, source, output, *flags):
     instructions.main(["--model", str(model), "--input", str(source), "--output", str(output), "--batch-size", "2",
                        "--device", "cpu", *map(str, flags)])
-    return [[json.loads(line) for line in path.read_text().splitlines()] for path in (output, Path(f"{output}.rejects"))]
+    written = output, Path(f"{output}.rejects")
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in written]
 
 
 def refuse(capsys, *argv):
@@ -112,7 +117,7 @@ def refuse(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         instructions.main(["--device", "cpu", *map(str, argv)])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("instructions.py: error: ") and error.count("\n") == 1, error
+    assert stop.value.code == 2 and error.startswith("prepare.instructions: error: ") and error.count("\n") == 1, error
     return error
 
 
@@ -130,12 +135,12 @@ def shard(path, members):
     return path
 
 
-# ---- the checks ----------------------------------------------------------------------------------------------------------
+# ---- the checks ----------------------------------------------------------------------------------------------------
 
 def test_verdicts_on_recorded_answers():
-    """Answers of the kinds that language models give, written and judged by hand before the checks were: an answer is good
-    if whoever sees only the edited image can follow the reverse, and then has what the input's caption says.  The checks
-    do not get all of them right; those that they get wrong stay here."""
+    """Answers of the kinds that language models give, written and judged by hand before the checks were: an answer is
+    good if whoever sees only the edited image can follow the reverse, and then has what the input's caption says.  The
+    checks do not get all of them right; those that they get wrong stay here."""
     table, mistakes = Counter(), []
     for case in map(json.loads, ANSWERS.read_text().splitlines()):
         reason, _ = judge(case["answer"], {"caption": case["caption"]}, TEXTS[1:])
@@ -213,7 +218,8 @@ def test_an_answer_is_one_object_of_the_texts_asked_for():
     for before in (" ", "```json\n", "Sure! Here it is: "):
         assert judge(f"{before}{spaced}\n", job, TEXTS[1:]) == (None, job | fields)
     for answer in ("", "[]", json.dumps(fields)[:-1], json.dumps(fields | {"note": ""}), f"{json.dumps(fields)} I hope",
-                   json.dumps(fields | {"instruction": 1}), "[" * 100_000, json.dumps({"instruction": "paint it blue"}), str(fields)):
+                   json.dumps(fields | {"instruction": 1}), "[" * 100_000, json.dumps({"instruction": "paint it blue"}),
+                   str(fields)):
         reason, record = judge(answer, job, TEXTS[1:])
         assert "JSON" in reason and record == job | {"reason": reason, "answer": answer}
     assert "markup" in judge(json.dumps(fields | {"instruction": "paint it blue \ud83d"}), job, TEXTS[1:])[0]
@@ -228,21 +234,23 @@ def test_the_prompts_examples_pass_the_checks(monkeypatch):
     assert prompt.count("\nGiven: {\"caption\": ") == prompt.count("\nAnswer: {\"instruction\": ") == len(examples)
 
 
-# ---- captions in ---------------------------------------------------------------------------------------------------------
+# ---- captions in ---------------------------------------------------------------------------------------------------
 
 def test_captions_are_read_from_text_json_and_shards(tmp_path):
     write(tmp_path / "a.txt", "a dog", "", "  two \t cats ")
     write(tmp_path / "b.jsonl", {"image": "1.jpg", "caption": "a\ndog"}, {"file_name": "2.jpg", "text": "two cats"})
     image = b"\xff\xd8"
-    shard(tmp_path / "00009.tar", {"1.jpg": image, "1.json": b'{"caption": "not this"}', "1.txt": "a crêpe".encode(),
-                                   "./x/2.jpg": image, "x/3.json": b'{"caption": "a page", "key": "3"}', "x/3.jpg": image})
+    shard(tmp_path / "00009.tar", {
+        "1.jpg": image, "1.json": b'{"caption": "not this"}', "1.txt": "a crêpe".encode(),
+        "./x/2.jpg": image, "x/3.json": b'{"caption": "a page", "key": "3"}', "x/3.jpg": image})
     shard(tmp_path / "00010.tar", {"4.json": b'{"caption": null}', "5.txt": b" \n", "6.jpg": image, "7.txt": b"a fox"})
 
     def read(*patterns):
         return list(read_captions(find_files([str(tmp_path / p) for p in patterns]), TEXTS[:1]))
     assert read("a.txt") == [{"caption": "a dog"}, {"caption": "two cats"}]
     assert read("b.jsonl") == [{"image": "1.jpg", "caption": "a dog"}, {"file_name": "2.jpg", "caption": "two cats"}]
-    shards = [{"key": key, "caption": caption} for key, caption in (("1", "a crêpe"), ("x/3", "a page"), ("7", "a fox"))]
+    samples = ("1", "a crêpe"), ("x/3", "a page"), ("7", "a fox")
+    shards = [{"key": key, "caption": caption} for key, caption in samples]
     assert read("{00009..00010}.tar") == read("*.tar") == read("00009.tar", "00010.tar") == shards
     assert read("a.txt", "*.tar")[1:3] == [{"caption": "two cats"}, shards[0]]
 
@@ -255,7 +263,7 @@ def test_instruct_pix2pix_is_read_by_its_names(tmp_path):
     assert second == {"caption": "a", "instruction": "b", "edited_caption": "c", "url": "d"}
 
 
-# ---- the language model --------------------------------------------------------------------------------------------------
+# ---- the language model --------------------------------------------------------------------------------------------
 
 def test_prompts_are_padded_on_the_left_and_answered_alone_as_together(guessing):
     model, tokenizer = load(guessing, "cpu")
@@ -287,7 +295,7 @@ def test_an_answer_ends_with_its_brace(knowing):
         dict(zip(TEXTS[1:], answer)) for answer in KNOWN.values()]
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature", [0, .1])
 def test_captions_in_edits_out(knowing, tmp_path, capsys, temperature):
@@ -295,12 +303,15 @@ def test_captions_in_edits_out(knowing, tmp_path, capsys, temperature):
     edits, rejects = run(knowing, write(tmp_path / "captions.txt", *KNOWN), output, "--temperature", temperature)
     assert [{name: edit[name] for name in TEXTS} for edit in edits] == ACCEPTED
     [reject] = rejects
-    assert (reject["caption"], reject["reason"]) == ("two cups on a table", "the reverse speaks of the time before the edit")
+    assert reject["caption"] == "two cups on a table"
+    assert reject["reason"] == "the reverse speaks of the time before the edit"
     assert json.loads(reject["answer"])["reverse_instruction"] == "undo it"
     said = capsys.readouterr().out
-    for words in ("seed 0", "total 3", "device cpu", "float32", "2 of 3 edits", "66.7%  accepted", "33.3%  the reverse"):
+    for words in ("seed 0", "total 3", "device cpu", "float32", "2 of 3 edits", "66.7%  accepted",
+                  "33.3%  the reverse"):
         assert words in said
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["captions.txt", "edits.jsonl", "edits.jsonl.rejects", "prompt.txt"]
+    names = ["captions.txt", "edits.jsonl", "edits.jsonl.rejects", "prompt.txt"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == names
 
 
 def test_several_edits_of_a_caption_are_of_different_kinds(knowing, tmp_path):
@@ -313,7 +324,8 @@ def test_the_output_is_a_data_set(knowing, tmp_path):
     names = [f"{n}.png" for n in range(len(KNOWN))]
     for name in names:
         save_png(torch.zeros(3, 16, 16), tmp_path / name)
-    source = write(tmp_path / "captions.jsonl", *[{"image": name, "text": caption} for name, caption in zip(names, KNOWN)])
+    rows = [{"image": name, "text": caption} for name, caption in zip(names, KNOWN)]
+    source = write(tmp_path / "captions.jsonl", *rows)
     run(knowing, source, tmp_path / "metadata.jsonl")
     source = Folder(tmp_path, 16)
     batch, _ = source.__getitems__([(0, item) for item in source.items])
@@ -348,7 +360,8 @@ def test_what_is_rejected_is_asked_again_and_sampled(guessing, tmp_path, monkeyp
     answers[:] = [json.dumps({name: GOOD[name] for name in TEXTS[1:]})]                   # good at the third try
     edits, rejects = run(guessing, source, tmp_path / "good.jsonl", "--temperature", temperature)
     again = temperature or .7
-    assert len(edits) == 3 and not rejects and asked == [(2, temperature), (1, temperature), *[(2, again), (1, again)] * 2]
+    assert len(edits) == 3 and not rejects
+    assert asked == [(2, temperature), (1, temperature), *[(2, again), (1, again)] * 2]
     assert len(set(drawn)) == len(drawn)                      # no try repeats another
     asked[:], answers[:] = [], ["never"]
     edits, rejects = run(guessing, source, tmp_path / "bad.jsonl", "--temperature", temperature)
@@ -369,10 +382,11 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(guessing, tmp_path, mon
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             real = getattr(*method)
 
-            def interrupted(*args, **kwargs):
-                if next(calls, None) is None:
+            def interrupted(first, *args, **kwargs):
+                is_another_file = isinstance(first, Path) and first.suffix != ".part"
+                if not is_another_file and next(calls, None) is None:
                     raise KeyboardInterrupt
-                return real(*args, **kwargs)
+                return real(first, *args, **kwargs)
             patch.setattr(*method, interrupted)
             run(guessing, source, tmp_path / f"{name}.jsonl", "--edits", 2)
         return (tmp_path / f"{name}.jsonl.part").read_bytes().splitlines(keepends=True)
@@ -414,11 +428,14 @@ def test_bad_input_is_refused(guessing, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes(b"a dog\na cr\xeape\n")
     shard(tmp_path / "odd.tar", {"1.txt": b"a dog", "2.json": b"[]"})
     for name, content in (("empty.txt", []), ("blank.txt", ["", " "]), ("broken.jsonl", [{"caption": "a dog"}, "{"]),
-                          ("list.jsonl", ["[]"]), ("deep.jsonl", ["[" * 100_000]), ("wordless.jsonl", [{"caption": ""}]), ("a.csv", ["caption"])):
+                          ("list.jsonl", ["[]"]), ("deep.jsonl", ["[" * 100_000]),
+                          ("wordless.jsonl", [{"caption": ""}]), ("a.csv", ["caption"])):
         write(tmp_path / name, *content)
-    for name, word in (("absent.txt", "no such"), ("a.csv", ".txt, .jsonl or .tar"), ("*.png", "no such"), (".", "no such"),
-                       ("{0..1}.tar", "0.tar"), ("empty.txt", "no caption"), ("blank.txt", "no caption"),
-                       ("broken.jsonl", "broken.jsonl, entry 2"), ("list.jsonl", "no JSON object"), ("deep.jsonl", "deep.jsonl, entry 1"),
+    for name, word in (("absent.txt", "no such"), ("a.csv", ".txt, .jsonl or .tar"), ("*.png", "no such"),
+                       (".", "no such"), ("{0..1}.tar", "0.tar"), ("empty.txt", "no caption"),
+                       ("blank.txt", "no caption"),
+                       ("broken.jsonl", "broken.jsonl, entry 2"), ("list.jsonl", "no JSON object"),
+                       ("deep.jsonl", "deep.jsonl, entry 1"),
                        ("wordless.jsonl", "no text for caption or text"), ("latin.txt", "latin.txt, entry 2"),
                        ("cut.tar", "cut.tar"), ("odd.tar", "odd.tar, entry 2")):
         assert word in refuse(capsys, "--model", guessing, "--input", tmp_path / name, "--output", output), name
@@ -427,7 +444,8 @@ def test_bad_input_is_refused(guessing, tmp_path, capsys):
     for flags, word in ((("--edits", 3), "2 kinds of edit, colour, paint"), (("--edits", 0), "--edits"),
                         (("--edits", 1, "--reverse-only"), "no effect"), (("--temperature", -1), "--temperature"),
                         (("--batch-size", 0), "--batch-size"), (("--seed", "x"), "--seed"), (("--fast",), "--fast"),
-                        (("--device", "abacus"), "abacus"), (("--output", tmp_path / "no/out.jsonl"), "no such folder")):
+                        (("--device", "abacus"), "abacus"),
+                        (("--output", tmp_path / "no/out.jsonl"), "no such folder")):
         assert word in refuse(capsys, *good, *flags)
     for example, word in (("{", "broken"), (json.dumps(GOOD), "kind"), ("[]\n{}", "broken")):
         write(instructions.PROMPT, example)

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from uip2p import EditModel, one_step, update_average
+from attention import Attention
+from checkpoint import find_model
+from uip2p import EditModel, one_step
 from unet import SD15, UNet
 from vae import VAE
 
@@ -49,17 +51,19 @@ def test_vae_matches_golden(golden, expected, case):
 
 
 def golden_edit(model, expected, **options):
-    return model.edit(expected["edit.image"], [expected["info"]["edit_text"]], steps=4, noise=expected["edit.noise"], **options)
+    instructions = [expected["info"]["edit_text"]]
+    return model.edit(expected["edit.image"], instructions, steps=4, noise=expected["edit.noise"], **options)
 
 
-@pytest.mark.parametrize("s_T, s_I, key", [(7.5, 1.5, "7.5_1.5"), (7.5, 1.0, "7.5_1.0"), (1.0, 1.0, "1.0_1.0"), (1.0, 1.5, "1.0_1.5_paper")])
+@pytest.mark.parametrize("s_T, s_I, key", [
+    (7.5, 1.5, "7.5_1.5"), (7.5, 1.0, "7.5_1.0"), (1.0, 1.0, "1.0_1.0"), (1.0, 1.5, "1.0_1.5_paper")])
 def test_edit_matches_golden(golden, expected, s_T, s_I, key):
     assert_close(golden_edit(golden, expected, text_guidance=s_T, image_guidance=s_I), expected[f"edit.image_{key}"])
 
 
 def test_edit_of_two_images_matches_golden(golden, expected):
-    edited = golden.edit(expected["pair.images"], expected["info"]["pair_texts"], steps=7, text_guidance=6.0, image_guidance=1.3,
-                         noise=expected["pair.noise"])
+    edited = golden.edit(expected["pair.images"], expected["info"]["pair_texts"], steps=7, text_guidance=6.0,
+                         image_guidance=1.3, noise=expected["pair.noise"])
     assert_close(edited, expected["pair.images_out"])
 
 
@@ -71,12 +75,14 @@ def test_trajectory_matches_golden(golden, expected):
     golden_edit(golden, expected, text_guidance=7.5, image_guidance=1.5)
     for hook in hooks:
         hook.remove()
-    (keys, _), *_ = golden.unet.text_cache(golden.encode_text([expected["info"]["edit_text"]]))
+    text, no_text = golden.encode_text([expected["info"]["edit_text"], ""])
     assert [t.unique().tolist() for _, t, _, _ in steps] == [[t] for t in expected["ddim.timesteps"].tolist()]
-    for n, (x, _, ((k, _), *_), eps) in enumerate(steps):
+    for n, (x, _, context, eps) in enumerate(steps):
         seen = set()
         for row in range(len(x)):
-            branch = 2 if not x[row, 4:].any() else 0 if torch.allclose(k[row], keys[0], atol=1e-5) else 1
+            with_image, with_text = x[row, 4:].any().item(), torch.allclose(context[row], text, atol=1e-5)
+            assert with_text or torch.allclose(context[row], no_text, atol=1e-5)
+            branch = {(True, True): 0, (True, False): 1, (False, False): 2}[with_image, with_text]
             seen.add(branch)
             assert_close(x[row:row + 1, :4], expected["ddim.latents"][n])
             if branch < 2:
@@ -95,12 +101,15 @@ def test_parameter_counts_of_the_published_models(network, config, parameters):
         assert sum(p.numel() for p in network(config).parameters()) == parameters
 
 
-@pytest.mark.parametrize("network, config", [
-    (UNet, {"use_linear_projection": True}), (UNet, {"act_fn": "gelu"}), (UNet, {"layers_per_block": [1, 2, 2, 2]}),
-    (UNet, {"down_block_types": ["AttnDownBlock2D"] * 4}), (VAE, {"use_quant_conv": False}), (VAE, {"shift_factor": .1})])
-def test_another_architecture_is_refused(network, config):
-    with torch.device("meta"), pytest.raises(ValueError, match=next(iter(config))):
-        network(config)
+@pytest.mark.parametrize("part, config", [
+    ("unet", {"use_linear_projection": True}), ("unet", {"act_fn": "gelu"}),
+    ("unet", {"layers_per_block": [1, 2, 2, 2]}),
+    ("unet", {"down_block_types": ["AttnDownBlock2D"] * 4}), ("vae", {"use_quant_conv": False}),
+    ("vae", {"shift_factor": 0.1})], ids=str)
+def test_another_architecture_is_refused(checkpoint, part, config):
+    edit_json(checkpoint / part / "config.json", **config)
+    with pytest.raises(ValueError, match=f"{part}/config.json: {min(config)} = "):
+        EditModel.from_pretrained(checkpoint)
 
 
 def unet_inputs(expected, rows=2):
@@ -118,50 +127,56 @@ def test_sizes_that_cannot_be_halved_are_refused(golden, expected):
 def test_attention_maps_sum_to_one_and_capture_changes_nothing(golden, expected):
     inputs, maps = unet_inputs(expected), []
     eps = golden.unet(*inputs, maps)
-    assert [tuple(m.shape[2:4]) for m in maps] == [(16, 16)] * 2 + [(8, 8)] * 2 + [(4, 4)] + [(8, 8)] * 3 + [(16, 16)] * 3
+    sides = [16, 16, 8, 8, 4, 8, 8, 8, 16, 16, 16]            # down, middle, up
+    assert [tuple(m.shape[2:4]) for m in maps] == [(side, side) for side in sides]
     for m in maps:
         assert m.shape[:2] == (2, 8) and m.shape[-1] == 77
         torch.testing.assert_close(m.sum(-1), torch.ones_like(m[..., 0]))
     assert_close(eps, golden.unet(*inputs), 1e-6)
 
 
-def test_keys_and_values_stand_for_their_text(golden, expected):
-    x, t, context = unet_inputs(expected)
-    cache, maps, cached_maps = golden.unet.text_cache(context), [], []
-    assert len(cache) == 11 and {k.shape[:3] for k, _ in cache} == {(2, 8, 77)}
-    def control(probs, is_text):
-        return probs * 2 if is_text else probs
-    for extra, cached_extra in (((), ()), ((maps,), (cached_maps,)), ((None, control), (None, control))):
-        assert torch.equal(golden.unet(x, t, context, *extra), golden.unet(x, t, cache, *cached_extra))
-    assert len(maps) == 11 and all(map(torch.equal, maps, cached_maps))
+@torch.no_grad()
+def test_control_replaces_the_probabilities():
+    layer, self_layer = Attention(8, 6, heads=2), Attention(8, 8, heads=2)
+    x, context, seen = torch.randn(1, 5, 8), torch.randn(1, 3, 6), []
+    plain, probs = layer(x, context, capture=True)
+    assert_close(layer(x, context)[0], plain, 1e-6)
+
+    def second_token(probs, is_text):
+        seen.append((probs, is_text))
+        return torch.zeros_like(probs).index_fill(-1, torch.tensor(1), 1)
+    layer.control = self_layer.control = second_token
+    out, used = layer(x, context, capture=True)
+    assert_close(out, layer.to_out[0](layer.to_v(context)[:, 1:2]).expand(1, 5, 8), 1e-6)
+    assert (used[..., 1] == 1).all() and torch.equal(seen[0][0], probs)
+    self_layer(x)
+    assert [is_text for _, is_text in seen] == [True, False]
 
 
-def test_a_text_is_encoded_once_and_no_step_waits_for_the_host(golden, expected):
-    texts, projected, syncs = [], [], []
+def test_texts_are_encoded_once_and_no_step_waits_for_the_host(golden, expected):
+    texts, syncs, counts = [], [], []
+
     class Syncs(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten._local_scalar_dense.default:            # a tensor's value is asked for
                 syncs.append(1)
             return func(*args, **kwargs or {})
-    layer = golden.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
-    hooks = [golden.text_encoder.register_forward_hook(lambda *args: texts.append(1)),
-             layer.register_forward_hook(lambda *args: projected.append(1))]
-    counts = []
+    hook = golden.text_encoder.register_forward_hook(lambda *args: texts.append(1))
     for steps in (2, 5):
         syncs.clear()
         with Syncs():
             golden.sample(torch.zeros(1, 4, 8, 8), ["make it snow"], torch.zeros(1, 4, 8, 8), steps, 7.5, 1.5)
         counts.append(len(syncs))
-    for hook in hooks:
-        hook.remove()
-    assert len(texts) == len(projected) == 2 and counts[0] == counts[1]
+    hook.remove()
+    assert len(texts) == 2 and counts[0] == counts[1]
 
 
 def test_a_large_batch_passes_the_vae_in_parts(golden, expected, monkeypatch):
-    images, latents = expected["vae.images"].repeat(3, 1, 1, 1)[:3], expected["vae.latents"].repeat(3, 1, 1, 1)[:3]
+    images, latents = (expected[f"vae.{name}"].repeat(3, 1, 1, 1)[:3] for name in ("images", "latents"))
     whole, parts = (golden.vae.encode(images), golden.vae.decode(latents)), []
     monkeypatch.setattr("vae.PIXELS", 2 * images[0, 0].numel() + 1)
-    hooks = [m.register_forward_hook(lambda m, args, out: parts.append(len(out))) for m in (golden.vae.encoder, golden.vae.decoder)]
+    hooks = [module.register_forward_hook(lambda module, args, out: parts.append(len(out)))
+             for module in (golden.vae.encoder, golden.vae.decoder)]
     assert_close(golden.vae.encode(images), whole[0], 1e-5)
     assert_close(golden.vae.decode(latents), whole[1], 1e-5)
     for hook in hooks:
@@ -184,7 +199,8 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(expected, checkpo
 
 
 def test_checkpointing_decodes_image_by_image_and_once_more(checkpoint):
-    vae, z, calls, gradients = EditModel.from_pretrained(checkpoint).vae, torch.randn(3, 4, 8, 8, requires_grad=True), [], []
+    vae, z = EditModel.from_pretrained(checkpoint).vae, torch.randn(3, 4, 8, 8, requires_grad=True)
+    calls, gradients = [], []
     vae.decoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     for vae.checkpointing in (False, True):
         gradients += torch.autograd.grad(vae.decode(z).square().sum(), z)
@@ -233,15 +249,21 @@ def variant(path):
 
 def old_configs(path):
     """Only the keys that the published files have, and their other scheduler."""
-    edit_json(path / "vae/config.json", scaling_factor=None, shift_factor=None, use_quant_conv=None, use_post_quant_conv=None,
-              latents_mean=None, latents_std=None, mid_block_add_attention=None, force_upcast=None)
-    edit_json(path / "scheduler/scheduler_config.json", _class_name="PNDMScheduler", skip_prk_steps=True, timestep_spacing=None,
-              prediction_type=None, rescale_betas_zero_snr=None)
-    kept = ("act_fn", "attention_head_dim", "block_out_channels", "center_input_sample", "cross_attention_dim", "down_block_types",
-            "downsample_padding", "flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block", "mid_block_scale_factor",
-            "norm_eps", "norm_num_groups", "out_channels", "sample_size", "up_block_types")
+    edit_json(path / "vae/config.json", scaling_factor=None, shift_factor=None, use_quant_conv=None,
+              use_post_quant_conv=None, latents_mean=None, latents_std=None, mid_block_add_attention=None,
+              force_upcast=None)
+    edit_json(path / "scheduler/scheduler_config.json", _class_name="PNDMScheduler", skip_prk_steps=True,
+              timestep_spacing=None, prediction_type=None, rescale_betas_zero_snr=None)
+    kept = ("act_fn", "attention_head_dim", "block_out_channels", "center_input_sample", "cross_attention_dim",
+            "down_block_types", "downsample_padding", "flip_sin_to_cos", "freq_shift", "in_channels",
+            "layers_per_block", "mid_block_scale_factor", "norm_eps", "norm_num_groups", "out_channels", "sample_size",
+            "up_block_types")
     config = json.loads((path / "unet/config.json").read_text())
     (path / "unet/config.json").write_text(json.dumps({key: config[key] for key in kept}))
+
+
+def rename_text_weights(state):
+    return {name.removeprefix("text_model."): weight for name, weight in state.items()}
 
 
 @pytest.mark.parametrize("change", [
@@ -249,7 +271,7 @@ def old_configs(path):
     lambda path: edit_weights(path / f"vae/{WEIGHTS}.safetensors", rename_vae_attention),
     lambda path: edit_weights(path / "text_encoder/model.safetensors",
                               lambda s: s | {"text_model.embeddings.position_ids": torch.arange(77)[None]}),
-    lambda path: edit_weights(path / "text_encoder/model.safetensors", lambda s: {k.removeprefix("text_model."): v for k, v in s.items()}),
+    lambda path: edit_weights(path / "text_encoder/model.safetensors", rename_text_weights),
 ], ids=["shards", "fp16-names", "old-configs", "old-vae-attention", "position-ids", "no-text_model-prefix"])
 def test_checkpoints_as_found_in_the_wild_load_the_same(checkpoint, expected, change):
     change(checkpoint)
@@ -261,7 +283,8 @@ def test_half_precision_weights_are_converted(checkpoint, expected):
     for file in checkpoint.rglob("*.safetensors"):
         edit_weights(file, lambda state: {k: v.half() for k, v in state.items()})
     model = EditModel.from_pretrained(checkpoint, dtype=torch.float32)
-    assert {p.dtype for part in (model.unet, model.vae, model.text_encoder) for p in part.parameters()} == {torch.float32}
+    for part in (model.unet, model.vae, model.text_encoder):
+        assert {p.dtype for p in part.parameters()} == {torch.float32}
     assert_close(model.unet(*unet_inputs(expected)), expected["unet.eps"][:2], 5e-3)
 
 
@@ -271,23 +294,49 @@ def test_text_to_image_unet_gets_zero_image_channels(checkpoint, expected):
     edit_json(checkpoint / "unet/config.json", in_channels=4)
     model, published = EditModel.from_pretrained(checkpoint), load_file(file)
     weight = model.unet.conv_in.weight
-    assert torch.equal(weight[:, :4], published["conv_in.weight"]) and weight.shape[1] == 8 and not weight[:, 4:].any()
+    assert torch.equal(weight[:, :4], published["conv_in.weight"])
+    assert weight.shape[1] == 8 and not weight[:, 4:].any()
     assert torch.equal(model.unet.conv_in.bias, published["conv_in.bias"])
     x, t, context = unet_inputs(expected)
     other = torch.cat([x[:, :4], torch.randn_like(x[:, 4:])], dim=1)
     assert torch.equal(model.unet(x, t, context), model.unet(other, t, context))          # the image is not seen yet
 
 
+def test_the_folder_of_a_unet_is_the_model_with_that_unet(checkpoint, golden, expected, tmp_path):
+    shutil.copytree(checkpoint / "unet", checkpoint / "other")
+    edit_weights(checkpoint / f"other/{WEIGHTS}.safetensors", lambda state: state | {"conv_out.bias": torch.ones(4)})
+    (checkpoint / "edit_defaults.json").write_text('{"steps": 7}')
+    other = EditModel.from_pretrained(checkpoint / "other")
+    assert (other.unet.conv_out.bias == 1).all() and other.defaults == {"steps": 7}
+    assert torch.equal(other.unet.conv_in.weight, golden.unet.conv_in.weight)
+    assert torch.equal(other.vae.decode(expected["vae.latents"]), golden.vae.decode(expected["vae.latents"]))
+    for path in (checkpoint, checkpoint / "unet", f"{checkpoint}/unet/"):
+        assert find_model(path) == (checkpoint, "unet")
+        assert torch.equal(EditModel.from_pretrained(path).unet.conv_out.bias, golden.unet.conv_out.bias)
+    other.save_pretrained(tmp_path / "saved")                 # a model of its own, with this UNet as its only one
+    assert not (tmp_path / "saved/other").exists()
+    assert (EditModel.from_pretrained(tmp_path / "saved").unet.conv_out.bias == 1).all()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler"])
+def test_the_folder_of_another_part_is_no_model(checkpoint, part):
+    with pytest.raises(ValueError, match=part) as error:
+        EditModel.from_pretrained(checkpoint / part)
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_saved_is_loaded_again(golden, expected, tmp_path):
     golden.save_pretrained(tmp_path / "new/model")
     saved = tmp_path / "new/model"
     files = {str(f.relative_to(saved)) for f in saved.rglob("*") if f.is_file()}
-    assert {"model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
-            "text_encoder/model.safetensors", *(f"{part}/{name}" for part in ("unet", "vae")
-                                                for name in ("config.json", f"{WEIGHTS}.safetensors"))} <= files
-    assert {f.name for f in saved.iterdir()} == {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    networks = {f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", f"{WEIGHTS}.safetensors")}
+    assert networks | {"model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
+                       "text_encoder/config.json", "text_encoder/model.safetensors"} <= files
+    assert {f.name for f in saved.iterdir()} == {
+        "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     index = json.loads((saved / "model_index.json").read_text())
-    assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline" and index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert all(key.startswith("text_model.") and not key.startswith("text_model.text_model.")
                for key in load_file(saved / "text_encoder/model.safetensors"))
     again = EditModel.from_pretrained(saved)
@@ -331,7 +380,22 @@ def no_vocabulary(folder):
         (folder / name).unlink()
 
 
-NORM, UNET, VAE_FILE, TEXT = "text_model.final_layer_norm.weight", f"unet/{WEIGHTS}.safetensors", f"vae/{WEIGHTS}.safetensors", "text_encoder/model.safetensors"
+def changed(**keys):
+    return lambda file: edit_json(file, **keys)
+
+
+def without_a_shard(folder):
+    shard_unet(folder.parent)
+    (folder / f"{WEIGHTS}-00002-of-00002.safetensors").unlink()
+
+
+def empty(folder):
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+UNET, VAE_FILE, TEXT = f"unet/{WEIGHTS}.safetensors", f"vae/{WEIGHTS}.safetensors", "text_encoder/model.safetensors"
+NORM, SCHEDULER = "text_model.final_layer_norm.weight", "scheduler/scheduler_config.json"
 
 
 @pytest.mark.parametrize("target, damage, says", [
@@ -343,22 +407,21 @@ NORM, UNET, VAE_FILE, TEXT = "text_model.final_layer_norm.weight", f"unet/{WEIGH
     (TEXT, reshape(NORM), "text encoder"),
     (UNET, lambda f: edit_weights(f, lambda s: s | {"surplus": torch.zeros(1)}), "surplus"),
     (UNET, truncate, UNET), (VAE_FILE, truncate, VAE_FILE), (TEXT, truncate, "text encoder"),
-    ("unet/config.json", truncate, "unet/config.json"), ("unet/config.json", lambda f: edit_json(f, act_fn="gelu"), "unet/config.json"),
+    ("unet/config.json", truncate, "unet/config.json"),
+    ("unet/config.json", changed(act_fn="gelu"), "unet/config.json"),
     ("vae/config.json", lambda f: f.write_text("[1]"), "vae/config.json"), ("text_encoder", narrow, "width is 16"),
     ("unet", index_without_map, "unet"), ("vae", index_without_map, "vae"),
     ("text_encoder", index_without_map, "text_encoder"), ("tokenizer", no_vocabulary, "tokenizer"),
     ("tokenizer/vocab.json", lambda f: f.unlink(), "tokenizer"), ("tokenizer/vocab.json", truncate, "tokenizer"),
     ("tokenizer/tokenizer.json", lambda f: f.write_text("{}"), "tokenizer"),
-    ("text_encoder/config.json", lambda f: edit_json(f, hidden_size="64"), "text encoder"),
-    ("scheduler/scheduler_config.json", lambda f: edit_json(f, prediction_type="v_prediction"), "prediction_type"),
-    ("scheduler/scheduler_config.json", lambda f: edit_json(f, beta_schedule="linear"), "beta_schedule"),
-    ("scheduler/scheduler_config.json", lambda f: edit_json(f, rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
-    ("scheduler/scheduler_config.json", lambda f: edit_json(f, beta_start="small"), "beta_start"),
-    ("scheduler/scheduler_config.json", lambda f: edit_json(f, steps_offset=1.), "no whole number"),
-    ("scheduler/scheduler_config.json", lambda f: edit_json(f, num_train_timesteps=500), "num_train_timesteps"),
-    ("unet/config.json", lambda f: edit_json(f, in_channels=9), "9 input channels"),               # one for inpainting
-    ("unet", lambda d: (shard_unet(d.parent), (d / f"{WEIGHTS}-00002-of-00002.safetensors").unlink()), "00002-of-00002"),
-    ("", lambda d: [shutil.rmtree(f) if f.is_dir() else f.unlink() for f in d.iterdir()], "model"),
+    ("text_encoder/config.json", changed(hidden_size="64"), "text encoder"),
+    (SCHEDULER, changed(prediction_type="v_prediction"), "prediction_type"),
+    (SCHEDULER, changed(beta_schedule="linear"), "beta_schedule"),
+    (SCHEDULER, changed(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    (SCHEDULER, changed(beta_start="small"), "beta_start"), (SCHEDULER, changed(steps_offset=1.0), "no whole number"),
+    (SCHEDULER, changed(num_train_timesteps=500), "num_train_timesteps"),
+    ("unet/config.json", changed(in_channels=9), "9 input channels"),         # one for inpainting
+    ("unet", without_a_shard, "00002-of-00002"), ("", empty, "model"),
     ("", lambda d: (shutil.rmtree(d), d.write_text("a file")), "model"),
     ("", shutil.rmtree, "model"),
 ], ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""))
@@ -367,32 +430,33 @@ def test_a_bad_checkpoint_is_refused_in_one_line(checkpoint, target, damage, say
     with pytest.raises(ValueError) as error:
         EditModel.from_pretrained(checkpoint)
     message = str(error.value)
-    assert says in message and "\n" not in message
-    assert str(checkpoint) in message or message.startswith("scheduler config")
+    assert says in message and "\n" not in message and str(checkpoint) in message
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("s_T, s_I, branches", [(1, 1, 1), (7.5, 1, 2), (1.5, 1.5, 2), (7.5, 1.5, 3), (1, 1.5, 3), (0, .5, 2)])
-def test_edit_follows_equation_3_and_computes_only_what_has_weight(golden, expected, s_T, s_I, branches):
+@pytest.mark.parametrize("s_T, s_I", [(1, 1), (7.5, 1), (1.5, 1.5), (7.5, 1.5), (1, 1.5), (0, 0.5)])
+def test_edit_follows_equation_3(golden, expected, s_T, s_I):
     rows = []
     hook = golden.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    edited = golden.edit(expected["edit.image"], ["turn it red"], steps=2, text_guidance=s_T, image_guidance=s_I, noise=expected["edit.noise"])
+    edited = golden.edit(expected["edit.image"], ["turn it red"], steps=2, text_guidance=s_T, image_guidance=s_I,
+                         noise=expected["edit.noise"])
     hook.remove()
-    assert rows == [branches] * 2
+    assert rows == [3] * 2                                    # the three predictions of a step are one call
 
-    betas = torch.linspace(.00085 ** .5, .012 ** .5, 1000, dtype=torch.float64) ** 2
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
     abar = (1 - betas).cumprod(0).float()
-    image, text, no_text = golden.vae.encode(expected["edit.image"]), golden.encode_text(["turn it red"]), golden.encode_text([""])
-    z = expected["edit.noise"]
+    image, z = golden.vae.encode(expected["edit.image"]), expected["edit.noise"]
+    text, no_text = golden.encode_text(["turn it red"]), golden.encode_text([""])
     for t, before in ((501, 1), (1, 0)):
+
         def e(image, text):
             return golden.unet(torch.cat([z, image], 1), torch.tensor([t]), text)
         none = e(torch.zeros_like(image), no_text)
         eps = none + s_I * (e(image, no_text) - none) + s_T * (e(image, text) - e(image, no_text))
         z_0 = (z - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()
         z = abar[before].sqrt() * z_0 + (1 - abar[before]).sqrt() * eps
-    assert_close(edited, golden.vae.decode(z / .18215).clamp(-1, 1))
+    assert_close(edited, golden.vae.decode(z / 0.18215).clamp(-1, 1))
 
 
 def test_edit_of_a_batch_is_that_of_its_images(golden, expected):
@@ -418,7 +482,7 @@ def test_ddim_timesteps(golden, steps, first, last):
     assert {a - b for a, b in zip(timesteps, timesteps[1:])} <= {1000 // steps}
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1000])               # steps_offset 1: the first of 1000 would be timestep 1000
+@pytest.mark.parametrize("steps", [0, -1, 1000])              # of 1000, the first would be at timestep 1000
 def test_impossible_step_counts_are_refused(golden, expected, steps):
     with pytest.raises(ValueError, match="steps"):
         golden.edit(expected["edit.image"], ["x"], steps=steps)
@@ -432,7 +496,8 @@ def test_unequal_numbers_of_images_and_instructions_are_refused(golden, images, 
 
 def test_schedule_is_stable_diffusions(golden):
     abar = golden.alphas_cumprod
-    assert len(abar) == 1000 and abar[0].item() == pytest.approx(1 - .00085, rel=1e-6) and abar[999].item() == pytest.approx(.0046602, rel=1e-4)
+    assert len(abar) == 1000 and abar[0].item() == pytest.approx(1 - 0.00085, rel=1e-6)
+    assert abar[999].item() == pytest.approx(0.0046602, rel=1e-4)
 
 
 @pytest.mark.parametrize("t", [0, 1, 500, 999])
@@ -440,54 +505,37 @@ def test_noise_is_removed_as_it_was_added(golden, t):
     z_0, noise = torch.randn(2, 3, 4, 8, 8)
     t = torch.tensor([t, 300, 999 - t])
     z_t = golden.add_noise(z_0, noise, t)
-    torch.testing.assert_close(golden.remove_noise(z_t, noise, t), z_0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(golden.predict_z0(z_t, noise, t), z_0, rtol=1e-3, atol=1e-4)
     rounded = z_0.bfloat16()                                  # as the VAE's latents are under autocast
-    torch.testing.assert_close(golden.remove_noise(golden.add_noise(rounded, noise, t), noise, t), rounded.float(), rtol=1e-3, atol=1e-4)
+    z_t = golden.add_noise(rounded, noise, t)
+    torch.testing.assert_close(golden.predict_z0(z_t, noise, t), rounded.float(), rtol=1e-3, atol=1e-4)
+    ones, zeros = torch.ones_like(z_0), torch.zeros_like(z_0)
     for row in range(3):                                      # variance is preserved, and each row has its own timestep
-        signal, share = (golden.add_noise(*pair, t)[row].mean() for pair in ((torch.ones_like(z_0), 0 * noise), (0 * z_0, torch.ones_like(noise))))
+        signal, share = (golden.add_noise(*pair, t)[row].mean() for pair in ((ones, zeros), (zeros, ones)))
         assert signal ** 2 == pytest.approx(golden.alphas_cumprod[t[row]].item(), rel=1e-4)
         assert signal ** 2 + share ** 2 == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("t", [1, 200, 500, 999])
 def test_the_one_step_estimate_is_bounded_and_its_gradient_does_not_grow(golden, t):
-    """z_0 = (z_t - sqrt(1 - abar) eps) / sqrt(abar), within +-4; where that divides by less than it multiplies, the gradient is 1."""
-    eps = torch.full((1, 4, 2, 2), .1, requires_grad=True)
-    model = SimpleNamespace(unet=lambda *inputs: eps, remove_noise=golden.remove_noise, alphas_cumprod=golden.alphas_cumprod)
+    """z_0 = (z_t - sqrt(1 - abar) eps) / sqrt(abar), within +-4; the derivative by eps is at most 1."""
+    eps, maps = torch.full((1, 4, 2, 2), 0.1, requires_grad=True), []
+    model = SimpleNamespace(unet=lambda x, t, context, maps: maps.append("A") or eps, predict_z0=golden.predict_z0,
+                            alphas_cumprod=golden.alphas_cumprod)
     image, steps, abar = torch.zeros(1, 4, 2, 2), torch.tensor([t]), golden.alphas_cumprod[t].item()
-    _, z_0 = one_step(model, torch.full((1, 4, 2, 2), .2), steps, image, None)
-    ratio = (1 - abar) ** .5 / abar ** .5
-    torch.testing.assert_close(z_0, torch.full_like(z_0, .2 / abar ** .5 - .1 * ratio))
+    z_0 = one_step(model, torch.full((1, 4, 2, 2), 0.2), steps, image, None, maps)
+    assert maps == ["A"]
+    ratio = (1 - abar) ** 0.5 / abar ** 0.5
+    torch.testing.assert_close(z_0, torch.full_like(z_0, 0.2 / abar ** 0.5 - 0.1 * ratio))
     z_0.sum().backward()
     torch.testing.assert_close(eps.grad, torch.full_like(eps, -min(ratio, 1)))
-    assert one_step(model, torch.full((1, 4, 2, 2), 90.), steps, image, None)[1].unique().item() == 4
-
-
-def test_the_average_moves_slowly_once_it_is_warm():
-    moved = []
-    for step, decay, steps in ((0, .9999, 1), (90, .9999, 1), (10 ** 6, .9999, 1), (10 ** 6, .5, 1), (10 ** 6, .5, 3)):
-        average = [torch.zeros(1)]
-        update_average(average, [torch.ones(1)], step, decay, steps)
-        moved.append(average[0].item())
-    assert moved == pytest.approx([.9, .09, 1e-4, .5, .875], rel=1e-3)    # 1 - min(decay, (1 + n) / (10 + n)) ** steps
+    assert one_step(model, torch.full((1, 4, 2, 2), 90.0), steps, image, None, maps).unique().item() == 4
 
 
 def test_noise_has_its_share_in_half_precision(golden):
     """In bfloat16 abar_1 is 1, but the share of the noise is 4 %."""
-    zero, one, t = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16), torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.tensor([1])
+    one, t = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.tensor([1])
+    zero = torch.zeros_like(one)
     share = (1 - golden.alphas_cumprod[1]).sqrt().item()
-    assert golden.add_noise(zero, one, t).item() == pytest.approx(share, rel=.01)
-    assert golden.remove_noise(zero, one, t).item() == pytest.approx(-share, rel=.01)
-
-
-def test_content_tokens(golden):
-    def kept(text):
-        ids, mask = golden.tokenize([text])[0], golden.content_tokens([text])[0]
-        assert set(mask.tolist()) <= {0., 1.} and mask.shape == (77,)
-        return golden.tokenizer.convert_ids_to_tokens(ids[mask.bool()].tolist())
-    words = golden.tokenizer.tokenize
-    assert kept("Make the sky red!") == words("make") + words("sky") + words("red")
-    assert kept("add 2 hills, to the left of it...") == words("add") + words("2") + words("hills") + words("left")
-    assert kept("") == kept("the , of") == []
-    assert "a" in words("animal") and kept("animal") == words("animal")      # the piece 'a' is not the word 'a'
-    assert golden.content_tokens(["red", "the sky"]).sum(1).tolist() == [len(words("red")), len(words("sky"))]
+    assert golden.add_noise(zero, one, t).item() == pytest.approx(share, rel=0.01)
+    assert golden.predict_z0(zero, one, t).item() == pytest.approx(-share, rel=0.01)

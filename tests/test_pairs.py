@@ -1,21 +1,23 @@
 """Prompt-to-Prompt, the files that hold its pairs, and the measure of how much they change outside of the edit."""
 import json
+import shutil
 
 import pytest
 import torch
 
-import pairs
 import toy
 from attention import Attention
 from cli import keep_settings
-from data import InstructPix2Pix
-from pairs import alignment, change_outside, fit, placed, prompt_to_prompt
+from experiments.truth import edit_mask
+from prepare import pairs
+from prepare.pairs import alignment, change_outside, controlled, fit, placed, prompt_to_prompt, share
+from shards import InstructPix2Pix
 from uip2p import EditModel
 
 
 @pytest.fixture(scope="module")
 def toy_model():
-    return EditModel.from_pretrained("models/toy", unet="text2image")
+    return EditModel.from_pretrained(pairs.TOY + "/text2image")
 
 
 def words(text):
@@ -35,17 +37,43 @@ def test_words_go_on_from_the_same_word_or_the_one_they_replace(edited, expected
 def test_a_control_replaces_the_probabilities_of_both_kinds_of_attention():
     torch.manual_seed(0)
     x, context, asked = torch.randn(2, 5, 8), torch.randn(2, 3, 6), []
+
     def control(probs, is_text):
         asked.append(is_text)
         return probs[:1].expand_as(probs)
     for layer, given in ((Attention(8, 6, 2), context), (Attention(8, 8, 2), None)):
         _, probs = layer(x, given, capture=True)
-        out, used = layer(x, given, capture=True, control=control)
+        layer.control = control
+        out, used = layer(x, given, capture=True)
         assert torch.equal(used, probs[:1].expand_as(probs))
         values = layer.to_v(x if given is None else given).unflatten(-1, (2, 4)).transpose(1, 2)
         torch.testing.assert_close(out, layer.to_out[0]((probs[:1] @ values).transpose(1, 2).flatten(2)))
-        torch.testing.assert_close(layer(x, given, control=control)[0], out)
+        torch.testing.assert_close(layer(x, given)[0], out)
     assert asked == [True, True, False, False]
+
+
+def controls(model):
+    return {module.control for module in model.unet.modules() if isinstance(module, Attention)}
+
+
+def test_a_control_holds_only_inside_also_if_something_fails(toy_model):
+    with pytest.raises(KeyboardInterrupt), controlled(toy_model, max):
+        assert controls(toy_model) == {max}
+        raise KeyboardInterrupt
+    assert controls(toy_model) == {None}
+
+
+def test_attention_is_shared_in_the_first_steps_only(toy_model, monkeypatch):
+    seen = []
+
+    def record(probs, is_text, aligned, active):
+        if is_text and active.flatten().tolist() not in seen:
+            seen.append(active.flatten().tolist())
+        return share(probs, is_text, aligned, active)
+    monkeypatch.setattr(pairs, "share", record)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompt_to_prompt(toy_model, CAPTIONS, EDITED, torch.tensor([0.75, 0.1]), noise, 4, 3.0)
+    assert seen == [[True, True], [True, False]] and controls(toy_model) == {None}
 
 
 CAPTIONS = ["a red circle on a white background", "a blue cross and a red square on a teal background"]
@@ -69,7 +97,7 @@ def test_sharing_attention_changes_only_the_edited_image_and_brings_it_nearer(to
     texts = [e.scene.caption for e in edits], [e.edited.caption for e in edits]
     noise = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     apart = prompt_to_prompt(toy_model, *texts, torch.zeros(12), noise, 5, 3.)
-    shares = torch.ones(12).index_fill(0, torch.tensor([0]), 0)                            # each pair has one of its own
+    shares = torch.ones(12).index_fill(0, torch.tensor([0]), 0)               # each pair has one of its own
     image, edited = prompt_to_prompt(toy_model, *texts, shares, noise, 5, 3.)
     torch.testing.assert_close(image, apart[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(edited[0], apart[1][0], atol=1e-4, rtol=0)
@@ -99,9 +127,7 @@ def test_pairs_are_written_as_instruct_pix2pix_has_them_and_resumed(tmp_path):
     batch, errors = source.__getitems__([(0, source.items[0])])
     assert not errors and batch.instructions == [toy.edit("train", int(listing[0][0])).instruction]
 
-    for file in (tmp_path / "pairs" / listing[0][0]).iterdir():                          # as if it had been stopped before
-        file.unlink()
-    (tmp_path / "pairs" / listing[0][0]).rmdir()
+    shutil.rmtree(tmp_path / "pairs" / listing[0][0])          # as if it had been stopped before
     again = make(tmp_path / "pairs", "--thresholds", "0", ".6", "0", ".5")
     assert again.keys() == files.keys() and again["seeds.json"] == files["seeds.json"]
 
@@ -117,12 +143,13 @@ def refused(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         make(*argv)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and last.startswith("pairs.py: error: ")
+    assert stop.value.code == 2 and last.startswith("prepare.pairs: error: ")
     return last
 
 
-@pytest.mark.parametrize("flags, says", [(["--seed", "7"], "another seed"), (["--steps", "3"], "another steps"),
-                                         (["--cfg-text", "0.5"], "--cfg-text"), (["--biases"], "no effect on --biases")])
+@pytest.mark.parametrize("flags, says", [
+    (["--seed", "7"], "another seed"), (["--steps", "3"], "another steps"),
+    (["--cfg-text", "0.5"], "--cfg-text"), (["--biases"], "no effect on --biases")])
 def test_other_settings_than_those_of_the_output_are_refused(tmp_path, capsys, flags, says):
     if flags[0] in ("--seed", "--steps"):
         make(tmp_path / "pairs")
@@ -130,7 +157,8 @@ def test_other_settings_than_those_of_the_output_are_refused(tmp_path, capsys, f
 
 
 def test_settings_bind_only_when_there_are_pairs(tmp_path, capsys):
-    assert "steps must be" in refused(capsys, tmp_path / "pairs", "--steps", "1000") and not (tmp_path / "pairs").exists()
+    assert "steps must be" in refused(capsys, tmp_path / "pairs", "--steps", "1000")
+    assert not (tmp_path / "pairs").exists()
     keep_settings(tmp_path / "pairs", {"steps": 1000}, "*/prompt.json")          # of a run that failed
     assert make(tmp_path / "pairs")["seeds.json"]
 
@@ -147,7 +175,7 @@ def test_a_fitted_scene_is_the_one_that_was_drawn():
 def test_only_what_changes_outside_of_the_edit_counts(kind):
     edit = next(e for e in (toy.edit("train", i) for i in range(20)) if e.kind == kind)
     image, truth = toy.render([edit.scene, edit.edited])
-    mask = toy.edit_mask(image[None], truth[None])[0, 0]
+    mask = edit_mask(image[None], truth[None])[0, 0]
     assert change_outside(edit, image, truth) < .01
     assert change_outside(edit, image, truth + .2 * mask) < .01
     assert change_outside(edit, image, truth + .2 * ~mask) == pytest.approx(.1, abs=.01)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-import survey
+from experiments import survey
+from experiments.published import read_magicbrush
 from pictures import save_png
-from protocols import read_magicbrush
 from test_evaluate import answers, magicbrush, rewrite
 
 METHODS = ("ours-cc12m", "theirs", "hive")
@@ -40,7 +40,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """MagicBrush's test, and folders of three methods whose images are of one grey each, with the method's name inside."""
+    """MagicBrush's test, and folders of three methods, whose images are of one grey each and name the method."""
     path = tmp_path_factory.mktemp("survey")
     data = magicbrush(path / "data", (1, 3, 2))
     sessions = json.loads((data / "edit_sessions.json").read_text())
@@ -53,7 +53,8 @@ def folders(tmp_path_factory):
 
 
 def make(folders, output, *flags):
-    survey.main(["page", str(folders[0]), "--outputs", *map(str, folders[1]), "--output", str(output), *map(str, flags)])
+    argv = ["page", folders[0], "--outputs", *folders[1], "--output", output, *flags]
+    survey.main([str(argument) for argument in argv])
     return output.read_text(), json.loads(output.with_name(f"{output.stem}-key.json").read_text())
 
 
@@ -61,7 +62,7 @@ def refuse(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         survey.main([str(a) for a in argv])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("survey.py: error: ") and error.count("\n") == 1, error
+    assert stop.value.code == 2 and error.startswith("experiments.survey: error: ") and error.count("\n") == 1, error
     return error
 
 
@@ -73,7 +74,8 @@ def test_the_page_is_one_blind_file(tmp_path, folders):
     text, key = make(folders, tmp_path / "study.html")
     page = Page(text)
     assert not re.search("|".join(METHODS) + "|outputs?[0-9]|inde_|1001|https?:|src=.(?!data:)", text)
-    assert "make <script>alert('it')</script> \"{{PICK}}\" & snow" in "".join(page.texts) and text.count("<script>") == 1
+    assert "make <script>alert('it')</script> \"{{PICK}}\" & snow" in "".join(page.texts)
+    assert text.count("<script>") == 1
     assert len(page.all("section", "data-item")) == len(key["items"]) == 6 and key["pick"] == 2
     images, options = page.all("img", "src"), page.all("input", "value")
     assert len(images) == 6 * 4
@@ -156,6 +158,7 @@ def test_bad_answers_and_arguments_are_refused(tmp_path, folders, capsys):
     assert "exists already" in refuse(capsys, *page, "--output", tmp_path / "study.html")
     assert ".html" in refuse(capsys, *page, "--output", tmp_path / "a.png")
     assert "two folders" in refuse(capsys, *page[:4], folders[1][0], "--output", tmp_path / "a.html")
-    assert "_1.png is missing" in refuse(capsys, *page, tmp_path, "--output", tmp_path / "a.html", "--edits", 1, "--seed", 3)
+    flags = "--output", tmp_path / "a.html", "--edits", 1, "--seed", 3
+    assert "_1.png is missing" in refuse(capsys, *page, tmp_path, *flags)
     assert "missing" in refuse(capsys, "page", tmp_path, "--outputs", *folders[1], "--output", tmp_path / "a.html")
     assert not list(tmp_path.glob("a*.html")) and not list(tmp_path.glob("a-key*"))

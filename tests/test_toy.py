@@ -8,9 +8,11 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import pretrain
 import toy
+from experiments.claims import chain
+from experiments.truth import edit_mask
 from losses import ClipScorer
+from prepare import pretrain
 from uip2p import EditModel
 
 EDITS = {split: [toy.edit(split, i) for i in range(400 if split == "train" else 150)] for split in toy.SPLITS}
@@ -18,7 +20,7 @@ ALL = sum(EDITS.values(), [])
 KINDS = [pytest.param([e for e in ALL if e.kind == kind], id=kind) for kind in toy.KINDS]
 
 
-# ---- texts: read here by a grammar of their own --------------------------------------------------------------------------
+# ---- texts: read here by a grammar of their own --------------------------------------------------------------------
 
 def noun(words):
     """'an orange circle' -> 'orange circle', if the article is right."""
@@ -82,7 +84,7 @@ def test_the_four_shapes_look_different():
         assert float(cover([o])[0].sum()) / 49 == pytest.approx(area, rel=.04)
 
 
-# ---- pixels --------------------------------------------------------------------------------------------------------------
+# ---- pixels --------------------------------------------------------------------------------------------------------
 
 def cover(objects):
     """How much of each pixel each object covers: (N, SIZE, SIZE) in [0, 1]."""
@@ -103,7 +105,7 @@ def test_images_are_in_range_and_independent_of_the_batch():
 @pytest.mark.parametrize("edits", KINDS)
 def test_an_edit_changes_what_it_names_and_nothing_else(edits):
     images, edited = toy.render([e.scene for e in edits]), toy.render([e.edited for e in edits])
-    masks = toy.edit_mask(images, edited)[:, 0]
+    masks = edit_mask(images, edited)[:, 0]
     for e, before, after, mask in zip(edits, images, edited, masks):
         assert mask.any()
         if e.kind == "background":
@@ -111,7 +113,8 @@ def test_an_edit_changes_what_it_names_and_nothing_else(edits):
             inside = (covers == 1).any(0)
         else:                                                 # what only one of the two scenes has
             changed = set(e.scene.objects) ^ set(e.edited.objects)
-            assert len(changed) == (2 if e.kind in ("colour", "shape") else 1) and e.scene.background == e.edited.background
+            assert len(changed) == (2 if e.kind in ("colour", "shape") else 1)
+            assert e.scene.background == e.edited.background
             inside = (cover(changed) == 0).all(0)
         assert torch.equal(before[:, inside], after[:, inside]) and not mask[inside].any()
         assert mask[~inside].float().mean() > (.05 if e.kind == "shape" else .5)      # two shapes share most pixels
@@ -140,7 +143,8 @@ def test_truths_of_an_add_differ_only_in_place():
         truths = toy.truths(e)
         assert truths[0] == e.edited and len(truths) == len(set(truths))
         for truth in truths:
-            assert truth.objects[:-1] == e.scene.objects and truth.caption == e.edited.caption and truth.background == e.scene.background
+            assert truth.objects[:-1] == e.scene.objects
+            assert truth.caption == e.edited.caption and truth.background == e.scene.background
         new = torch.stack([c for c in cover([t.objects[-1] for t in truths])])
         border = torch.ones(toy.SIZE, toy.SIZE, dtype=torch.bool)
         border[1:-1, 1:-1] = False
@@ -156,8 +160,8 @@ def overlap(objects):
 
 
 def test_objects_keep_apart_but_for_a_rare_corner():
-    """Distances are kept as between circles, but squares and triangles reach 1.2 radii: in fewer than two scenes of a hundred a
-    corner meets another object, and covers less than a pixel of it."""
+    """Distances are kept as between circles, but squares and triangles reach 1.2 radii: in fewer than two scenes of a
+    hundred a corner meets another object, and covers less than a pixel of it."""
     edits = [e for e in ALL if len(e.scene.objects) > 1]
     adds = [e for e in ALL if e.kind == "add" and e.scene.objects]
     for scenes in ([e.scene for e in edits], [e.edited for e in adds], [t for e in adds[:50] for t in toy.truths(e)]):
@@ -165,7 +169,7 @@ def test_objects_keep_apart_but_for_a_rare_corner():
         assert overlaps.max() < 1 and (overlaps > .05).float().mean() < .02
 
 
-# ---- splits --------------------------------------------------------------------------------------------------------------
+# ---- splits --------------------------------------------------------------------------------------------------------
 
 def combinations(scene):
     return {(o.colour, o.shape, scene.background) for o in scene.objects}
@@ -198,25 +202,26 @@ def test_the_kinds_of_edits_are_equally_frequent(split):
 def test_edits_in_turn_lead_from_scene_to_scene():
     """Each edit starts where the last one ended, names no place, and is not taken back by a later one."""
     for index in range(60):
-        edits = toy.chain("test", index)
+        edits = chain("test", index)
         assert edits[0].scene == toy.edit("test", index).scene and len({e.kind for e in edits}) == len(edits) == 3
         names, background = read_caption(edits[0].scene.caption)
         for e, after in zip(edits, [*edits[1:], None]):
             assert e.kind != "add" and e.edited.objects and (after is None or after.scene is e.edited)
             names, background = obey(e.instruction, names, background)
         assert (names, background) == read_caption(edits[-1].edited.caption)
-        assert toy.edit_mask(*toy.render([edits[0].scene, edits[-1].edited])[:, None]).any()
-    assert toy.chain("test", 3) == toy.chain("test", 3)
+        assert edit_mask(*toy.render([edits[0].scene, edits[-1].edited])[:, None]).any()
+    assert chain("test", 3) == chain("test", 3)
 
 
-# ---- the model of it ---------------------------------------------------------------------------------------------------
+# ---- the model of it -----------------------------------------------------------------------------------------------
 
 def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "trange", lambda n, desc: tqdm(range(min(n, 2)), desc))
     pretrain.main(["--clip-steps", "2", "--vae-steps", "2", "--text2image-steps", "2", "--output", str(tmp_path)])
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["clip", "VAE", "text2image"]
-    new, shipped = (EditModel.from_pretrained(path, unet="text2image") for path in (tmp_path, pretrain.HERE / "models/toy"))
-    assert new.defaults == shipped.defaults and new.scheduler == shipped.scheduler and new.unet.config == shipped.unet.config
+    new, shipped = (EditModel.from_pretrained(path / "text2image") for path in (tmp_path, pretrain.TOY))
+    assert new.defaults == shipped.defaults and new.scheduler == shipped.scheduler
+    assert new.unet.config == shipped.unet.config
     assert new.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
     assert ClipScorer.from_pretrained(tmp_path / "clip").embed_texts(["a red circle"]).isfinite().all()
     with pytest.raises(SystemExit) as stop:

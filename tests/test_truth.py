@@ -1,0 +1,140 @@
+"""What the toy world's truth says of edits (experiments/truth.py), and the table of it (experiments/evaluate.py)."""
+import pytest
+import torch
+from PIL import Image
+
+import toy
+from experiments import evaluate
+from experiments.truth import edit_mask, judge, judge_attention
+from losses import ClipScorer
+from uip2p import EditModel
+
+TOY = "models/toy"
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return ClipScorer.from_pretrained(f"{TOY}/clip")
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+
+def judged(edits, scenes, scorer):
+    return judge(edits, toy.render([e.scene for e in edits]), toy.render(scenes), scorer)
+
+
+def test_the_true_edit_is_right_and_the_copy_is_not(scorer):
+    edits = [toy.edit("test", i) for i in range(15)]
+    true, copy = [judged(edits, scenes, scorer) for scenes in ([e.edited for e in edits], [e.scene for e in edits])]
+    assert set(true) == {*evaluate.COLUMNS, "CLIP-I"} and all(v.shape == (15,) for v in true.values())
+    for name in ("L1", "L2", "inside", "outside"):
+        assert true[name].max() == 0
+    assert true["right"].min() == 1 and copy["right"].max() == 0
+    assert copy["outside"].max() < .01 and copy["inside"].min() > .02
+    assert copy["L1"].min() > 0 and copy["direction"].abs().max() < 1e-3
+    assert true["CLIP-I"].min() > .999 > .95 > copy["CLIP-I"].mean()
+    assert true["done"].mean() > copy["done"].mean() and true["CLIP-T"].mean() > copy["CLIP-T"].mean()
+
+
+def test_damage_outside_the_edit_counts_as_outside_alone(scorer):
+    edit = toy.edit("test", 0)                                # a change of colour
+    images, output = toy.render([edit.scene]), toy.render([edit.edited])
+    mask = edit_mask(images, output)
+    damaged = torch.where(mask, output, output + .2)
+    scores, share = judge([edit], images, damaged, scorer), (~mask).float().mean().item()
+    assert scores["inside"].item() == 0 and scores["right"].item() == 1
+    assert scores["outside"].item() == pytest.approx(.1, rel=1e-4)
+    assert scores["L1"].item() == pytest.approx(.1 * share, rel=1e-3)
+    assert scores["L2"].item() == pytest.approx(.01 * share, rel=1e-3)
+
+
+def test_an_object_may_be_added_at_any_free_place(scorer):
+    edits = [e for e in (toy.edit("test", i) for i in range(40)) if e.kind == "add"]
+
+    def distance(edit, scene):
+        a, b = edit.edited.objects[-1], scene.objects[-1]
+        return (a.x - b.x) ** 2 + (a.y - b.y) ** 2
+    elsewhere = [max(toy.truths(e), key=lambda scene: distance(e, scene)) for e in edits]
+    assert all(distance(e, scene) > 25 for e, scene in zip(edits, elsewhere))
+    scores = judged(edits, elsewhere, scorer)
+    assert scores["L1"].max() == 0 and scores["outside"].max() == 0 and scores["right"].min() == 1
+    removals = [e for e in (toy.edit("test", i) for i in range(40)) if e.kind == "remove"]
+    assert judged(removals, [e.scene for e in removals], scorer)["right"].max() == 0
+
+
+# ---- attention against the true mask ---------------------------------------------------------------------------------
+
+def test_attention_is_judged_by_the_true_mask(monkeypatch):
+    """A map that is the true mask has IoU 1 and points into it; its opposite 0 and not; half of it half, of either
+    instruction."""
+    edits = [toy.edit("test", i) for i in (0, 2)]             # a colour and a shape
+    images, truth = toy.render([e.scene for e in edits]), toy.render([e.edited for e in edits])
+    mask = edit_mask(images, truth)[:, 0].float()
+    half = mask * (mask.flatten(1).cumsum(1) <= mask.sum((1, 2))[:, None] / 2).view_as(mask)
+    given = {edits[0].instruction: mask, edits[0].reverse_instruction: 1 - mask}
+
+    def maps(model, images, outputs, instructions):
+        assert len(instructions) == 2
+        return given[instructions[0]]
+    monkeypatch.setattr("experiments.truth.edit_region", maps)
+    scores = judge_attention(None, edits, images, truth)
+    assert {name: score.tolist() for name, score in scores.items()} == {
+        "A_f IoU": [1, 1], "A_f pointing": [1, 1], "A_r IoU": [0, 0], "A_r pointing": [0, 0], "agreement": [0, 0],
+        "mask": pytest.approx(mask.mean((1, 2)).tolist())}
+    given = dict.fromkeys(given, half)
+    scores = judge_attention(None, edits, images, truth)
+    assert scores["A_r IoU"].tolist() == pytest.approx([.5, .5], abs=.02)
+    assert scores["A_r pointing"].tolist() == [1, 1]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+def test_the_ascent_climbs_clip_from_the_input(scorer):
+    model, edits = EditModel.from_pretrained(TOY), [toy.edit("validation", i) for i in range(8)]
+    images = toy.render([e.scene for e in edits])
+    outputs = evaluate.ascend(model, scorer, edits, images, steps=15)
+    assert judge(edits, images, outputs, scorer)["direction"].mean() > .3
+
+
+def test_the_table_of_a_few_scenes(capsys):
+    evaluate.main(["--scenes", "5", "--steps", "1", "2", "--scales", "1.5:1.2", "3:1.5", "--kinds"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0][-len(evaluate.COLUMNS):] == list(evaluate.COLUMNS) and set("".join(rows[1])) == {"-"}
+    assert len({len(row) for row in rows}) == 1
+    models, per_kind = rows[2:], 1 + len(toy.KINDS)
+    assert len(models) == (2 + 4) * per_kind                  # copy, VAE, and two steps by two scales
+    assert [row[1] for row in models[2 * per_kind::per_kind]] == [
+        "1.5, 1.2, 1", "3, 1.5, 1", "1.5, 1.2, 2", "3, 1.5, 2"]
+    values = [[float(v) for v in row[2:]] for row in models]
+    right, outside = (evaluate.COLUMNS.index(name) for name in ("right", "outside"))
+    assert values[0][right] == 0 and values[0][outside] < .01 < values[2 * per_kind][outside]
+    for group in range(0, len(values), per_kind):             # a model's row is the mean of its kinds'
+        for column in range(len(evaluate.COLUMNS)):
+            kinds = [row[column] for row in values[group + 1:group + per_kind]]
+            assert values[group][column] == pytest.approx(sum(kinds) / 5, abs=2e-3)
+
+
+def test_attention_and_the_ascent_are_shown_on_demand(capsys):
+    evaluate.main(["--scenes", "2", "--steps", "1", "--attention", "--ascent"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert header[-4:] == list(evaluate.ATTENTION) and {len(row) for row in rows} == {len(header)}
+    assert [row[0] for row in rows[:3]] == [
+        "copy of the input", "true edit through the VAE", "CLIP ascent on the latents"]
+    assert rows[0][-4:] == [""] * 4 and all(0 <= float(cell) <= 1 for cell in rows[3][-4:])
+
+
+def test_the_picture_of_the_steps(tmp_path):
+    evaluate.main(["--scenes", "3", "--steps", "1", "2", "3", "--picture", str(tmp_path / "steps.png")])
+    with Image.open(tmp_path / "steps.png") as sheet:
+        assert sheet.width > 5 * 128 and sheet.height > 3 * 128
+
+
+@pytest.mark.parametrize("flags", [["--scales", "3"], ["--scales", "nan:1"], ["--steps", "0"], ["--scenes", "0"],
+                                   ["--models", "no-such-model"], ["--picture", "no-such-folder/a.png"]])
+def test_bad_arguments_of_the_evaluation(capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("experiments.evaluate: error: ")
