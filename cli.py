@@ -4,7 +4,7 @@ import math
 import os
 import resource
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -33,7 +33,6 @@ def errors(parser, args, advice="choose a smaller --batch-size"):
     except (ValueError, OSError, SafetensorError) as error:       # the last one on a full disk
         parser.error(str(error))
 
-
 def replace_file(path, write):
     """Lets write(temporary path) make a file, and gives it its name only when it is whole."""
     temporary = path.with_name(path.name + ".tmp")
@@ -50,35 +49,30 @@ def replace_file(path, write):
 
 def number(kind, low, high=math.inf):
     """The type of a finite int or float from low to high."""
+    name = "a whole number" if kind is int else "a number"
     bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
 
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
-        return value
+            if low <= value <= high and value < math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
     return parse
-
 
 positive_int, seed_int = number(int, 1), number(int, 0, 2 ** 63 - 1)
 non_negative_float = number(float, 0)
-
 
 def named_float(text):
     """The type of NAME=VALUE, a pair of a name and a float of at least 0."""
     name, _, value = text.rpartition("=")
     return name, non_negative_float(value)
 
-
 def device(text):
     """The type of a torch device that works here."""
     try:
         torch.ones(1, device=text).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         problem = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {problem}") from None
     return text
@@ -89,19 +83,16 @@ def device(text):
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-
 def default_precision(where):
     """bf16 only where the GPU computes it: on others (T4, V100, RTX 20xx) torch emulates it."""
     if not where.startswith("cuda"):
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
-
 def autocast(args):
     """Forward passes on --device in --precision."""
-    kind, dtype = torch.device(args.device).type, DTYPES[args.precision]
-    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
-
+    kind = torch.device(args.device).type
+    return torch.autocast(kind, DTYPES[args.precision], enabled=args.precision != "fp32")
 
 def peak_memory(where):
     """GiB at the peak so far: of torch on a GPU, of the whole process on a CPU."""
@@ -110,19 +101,16 @@ def peak_memory(where):
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
-
 def start_processes():
     """Joins the processes of torchrun, each with a GPU of its own.  -> (rank, how many)"""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(timeout=timedelta(hours=2))           # they wait while the first saves
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")                        # the first alone prints
-    return dist.get_rank(), processes
-
+    return dist.get_rank(), dist.get_world_size()
 
 def mean_of_processes(tensors):
     """Each tensor becomes its mean over the processes of torchrun."""
@@ -130,7 +118,6 @@ def mean_of_processes(tensors):
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()
-
 
 
 def keep_settings(folder, settings, results):

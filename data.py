@@ -1,12 +1,11 @@
-"""Training samples (table 1 of the paper): a batch, the toy world, and a folder of photographs.
+"""Training samples (table 1 of the paper): a batch, the toy world, a folder; more in shards.py.
 
-A folder holds images and metadata.jsonl, one image a line; NAMES says how else fields may be called:
+A folder holds images and metadata.jsonl, one image a line; NAMES has other names of the fields:
 
     {"image": "boat.jpg", "caption": "a boat on a lake", "instruction": "add mountains",
      "edited_caption": "a boat on a lake with mountains", "reverse_instruction": "remove them"}
 
-An image may have several edits, in "edits": a list of such objects; each time an image is drawn, so
-is one of its edits.  Other sources are in shards.py.
+An image may have several edits, in "edits", a list of such objects: one is drawn each time.
 """
 import itertools
 import json
@@ -24,11 +23,10 @@ import toy
 from pictures import load_image
 
 NAMES = {"key": ("key",), "image": ("I_input", "file_name", "image"),
-         "edited_image": ("edited_image",),
+         "edited_image": ("edited_image",), "reverse_instruction": ("C_r", "reverse_instruction"),
          "caption": ("T_input", "original_prompt", "input", "text", "caption"),
          "instruction": ("C_f", "edit_prompt", "edit", "instruction"),
-         "edited_caption": ("T_edit", "edited_prompt", "output", "edited_caption"),
-         "reverse_instruction": ("C_r", "reverse_instruction")}
+         "edited_caption": ("T_edit", "edited_prompt", "output", "edited_caption")}
 TEXTS = ("caption", "instruction", "edited_caption", "reverse_instruction")
 LONGEST = 10_000                               # bytes of a text
 
@@ -59,7 +57,6 @@ def parse_json(text):
         raise ValueError("no JSON object")
     return row
 
-
 def fields(row):
     """The texts of a JSON object that have one of NAMES; of several, the last."""
     found = {name: row[alias] for name, aliases in NAMES.items() for alias in aliases
@@ -67,7 +64,6 @@ def fields(row):
     if any(len(text.encode()) > LONGEST for text in found.values()):
         raise ValueError(f"a text of more than {LONGEST:,} bytes")
     return found
-
 
 def read_edits(row, more, needed):
     """The edits of a JSON object: its own fields, with those of each of its "edits", and with those
@@ -80,7 +76,6 @@ def read_edits(row, more, needed):
         if any(name not in edit for edit in edits):
             raise ValueError(f"no text for {name}")
     return edits
-
 
 def read_lines(path, read):
     """[(name of the line, read(its JSON object)), ...] of a JSONL file.  A line for which this is a
@@ -105,36 +100,48 @@ def read_lines(path, read):
 
 class Source(torch.utils.data.Dataset):
     """Samples for the cycle, or with `pairs` for the supervised baseline.
-
     items: where they are, tuples of a name and more.  A subclass has open(rng, *item) -> an edit of
     the item and its images, (3, H, W) in [-1, 1] each; ValueError or OSError if it is broken."""
     def __init__(self, items, resolution, seed, pairs):
         self.items, self.resolution, self.seed, self.pairs = items, resolution, seed, pairs
         self.needed = ("instruction",) if pairs else TEXTS
 
-    def order(self, seed, first, share=slice(None)):
-        """Endless (epoch, item) from position `first` of a share, a slice: a function of the seed
-        and the epoch alone."""
+    def shuffled(self, seed, epoch, share):
+        """A share, a slice, of the items, in an order that is a function of (seed, epoch)."""
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
         n = len(self.items)
-        epoch, first = divmod(first, len(shuffled(n, seed, 0, share)))
+        order = torch.randperm(n, generator=generator).tolist()[share]
+        if not order:
+            raise ValueError(f"{n} samples or shards are too few for {share.step} processes")
+        return [self.items[i] for i in order]
+
+    def order(self, seed, first, share=slice(None)):
+        """Endless (epoch, item), from position `first` of a share, a slice, of the items on."""
+        epoch, first = divmod(first, len(self.shuffled(seed, 0, share)))
         for epoch in itertools.count(epoch):
-            yield from ((epoch, self.items[i]) for i in shuffled(n, seed, epoch, share)[first:])
+            yield from ((epoch, item) for item in self.shuffled(seed, epoch, share)[first:])
             first = 0
 
     def load(self, epoch, item):
-        """The image, with `pairs` also the edited one, (1 or 2, 3, H, W), cut out anew in every
-        epoch; the four TEXTS."""
+        """The image, with `pairs` also the edited one, (1 or 2, 3, H, W), and the four TEXTS.  In
+        each epoch, a square is cut out at another place, and flipped half of the time."""
         rng = random.Random(f"{self.seed} {epoch} {item[0]}")
         edit, images = self.open(rng, *item)
         if len({image.shape for image in images}) > 1:
             raise ValueError("the image and the edited image differ in size")
+        images = torch.stack(images)
+        side = min(images.shape[2:])
+        top, left = [rng.randint(0, length - side) for length in images.shape[2:]]
+        images = images[:, :, top:top + side, left:left + side]
+        images = F.interpolate(images, self.resolution, mode="bicubic", antialias=True).clamp(-1, 1)
         texts = [edit.get(name, "") for name in TEXTS]
         names_a_side = re.search(r"\b(left|right)", " ".join(texts).lower())
-        return crop(torch.stack(images), self.resolution, not names_a_side, rng), texts
+        if not names_a_side and rng.random() < 0.5:
+            images = images.flip(-1)
+        return images, texts
 
     def __getitems__(self, references):
-        """Some of `order` -> a Batch, or None without a good sample, and what is wrong with broken
-        samples, which have good ones in their place."""
+        """Some of `order` -> a Batch or None, errors; good samples fill the places of broken ones."""
         samples, errors = [], []
         for reference in references:
             try:
@@ -146,26 +153,6 @@ class Source(torch.utils.data.Dataset):
         images, texts = zip(*(samples * len(references))[:len(references)])
         edited = torch.stack([pair[1] for pair in images]) if self.pairs else None
         return Batch(torch.stack([i[0] for i in images]), *map(list, zip(*texts)), edited), errors
-
-
-def shuffled(n, seed, epoch, share):
-    """A share, a slice, of range(n), in an order that is a function of (seed, epoch)."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
-    order = torch.randperm(n, generator=generator).tolist()[share]
-    if not order:
-        raise ValueError(f"{n} samples or shards are too few for {share.step} processes")
-    return order
-
-
-def crop(images, resolution, may_flip, rng):
-    """(n, 3, H, W) -> (n, 3, resolution, resolution), all alike: the largest square, at a random
-    place, resized; half of the time flipped, as InstructPix2Pix does."""
-    side = min(images.shape[2:])
-    top, left = [rng.randint(0, length - side) for length in images.shape[2:]]
-    images = images[:, :, top:top + side, left:left + side]
-    size = (resolution, resolution)
-    images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
-    return images.flip(-1) if may_flip and rng.random() < 0.5 else images
 
 
 class ToyWorld(Source):
@@ -201,7 +188,6 @@ class Folder(Source):
 
 def batches(source, batch_size, seed, first=0, workers=0, share=slice(None)):
     """Endless batches from number `first` on: a run that starts again sees what it would have seen.
-
     share: a slice, of the samples or shards, for one of several processes.  Broken samples are
     reported and skipped; more than 1 % of them, if more than ten, are a ValueError."""
     order = source.order(seed, first * batch_size, share)

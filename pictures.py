@@ -8,6 +8,7 @@ import textwrap
 import warnings
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -29,10 +30,8 @@ HEAT = torch.tensor([(20, 11, 53), (101, 21, 110), (188, 55, 84),     # from dar
 # ---- files ------------------------------------------------------------------------------------
 
 def load_image(path, data=None):
-    """An image file of any kind -> (3, H, W) in [-1, 1], upright, transparency over white.
-
-    data: its bytes; `path` then only names them.  ValueError, in one line, for a file that is
-    missing, damaged, larger than MAX_PIXELS, or no image."""
+    """An image file, or its bytes `data` -> (3, H, W) in [-1, 1], upright, transparency over white.
+    ValueError, in one line, if it is missing, damaged, larger than MAX_PIXELS, or no image."""
     path = Path(path)
     if data is None and not path.is_file():
         raise ValueError(f"{path}: there is no such image file")
@@ -44,8 +43,7 @@ def load_image(path, data=None):
         if picture.mode == "F":
             raise ValueError("floating-point values have no range; save it with 8 or 16 bits")
         if picture.mode.startswith("I"):       # 16-bit grey, which convert("RGB") clips at 255
-            picture = picture.convert("I").point(lambda value: value * (1 / 257) + 0.5)
-            picture = picture.convert("L")
+            picture = picture.convert("I").point(lambda grey: grey * (1 / 257) + 0.5).convert("L")
         if picture.has_transparency_data:
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -57,19 +55,14 @@ def load_image(path, data=None):
     except Exception as error:                 # on damaged files, pillow raises many kinds
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
-
 def from_pil(picture):
-    picture = picture.convert("RGB")
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(picture.height, picture.width, 3)        # (H, W, 3)
+    pixels = torch.tensor(numpy.asarray(picture.convert("RGB")))  # (H, W, 3)
     return pixels.permute(2, 0, 1) / 127.5 - 1
-
 
 def to_pil(image):
     pixels = (image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     pixels = pixels.round().byte().permute(1, 2, 0).contiguous()  # (H, W, 3)
     return Image.fromarray(pixels.numpy())
-
 
 def save_png(image, path, text=None):
     """Writes an image or a picture, whole or not at all, with text chunks {keyword: value}."""
@@ -92,16 +85,13 @@ def overlay(image, heat):
     grey = image.detach().float().cpu().mean(0)
     return 0.25 * grey + 0.75 * (2 * colour.permute(2, 0, 1) - 1)
 
-
 def figure3(images, edited, reconstructed, A_f, A_r, labels, true=None):
     """Figure 3 of the paper, a row for each image; in the toy world also the true edit."""
     columns = {"input": images, "edit": edited, "reconstruction": reconstructed,
-               "A_f": [overlay(image, heat) for image, heat in zip(images, A_f)],
-               "A_r": [overlay(image, heat) for image, heat in zip(edited, A_r)]}
+               "A_f": map(overlay, images, A_f), "A_r": map(overlay, edited, A_r)}
     if true is not None:
         columns["true edit"] = true
     return grid(list(zip(*columns.values())), list(columns), labels)
-
 
 def grid(rows, columns, labels=None):
     """Rows of images, the titles of their columns, a line of text under each row -> a picture."""
@@ -113,36 +103,34 @@ def grid(rows, columns, labels=None):
         return picture
 
     # ---- sizes
-    cells, labels = [[cell(image) for image in row] for row in rows], labels or [""] * len(rows)
-    widths = [max(round(FONT.getlength(title)), *(row[i].width for row in cells))
-              for i, title in enumerate(columns)]
-    width = sum(widths) + GAP * (len(widths) + 1)
-    labels = ["\n".join(textwrap.wrap(label, int(width / (0.55 * TEXT)))) for label in labels]
-    heights = []
-    for row, label in zip(cells, labels):
-        lines = label.count("\n") + 1 if label else 0
-        heights.append(max(c.height for c in row) + lines * (TEXT + 5) + GAP)
-    lefts = [GAP * (i + 1) + sum(widths[:i]) for i in range(len(widths))]
+    cells = [[cell(image) for image in row] for row in rows]
+    lefts, tops = [GAP], [TEXT + 2 * GAP]      # of each cell, and where the next one would be
+    for i, title in enumerate(columns):
+        width = max(round(FONT.getlength(title)), *(row[i].width for row in cells))
+        lefts.append(lefts[-1] + width + GAP)
+    letters = int(lefts[-1] / (0.55 * TEXT))   # in a line
+    texts = [textwrap.wrap(label, letters) for label in labels or [""] * len(rows)]
+    for row, lines in zip(cells, texts):
+        height = max(picture.height for picture in row) + len(lines) * (TEXT + 5)
+        tops.append(tops[-1] + height + GAP)
 
     # ---- drawing
-    sheet = Image.new("RGB", (width, TEXT + 2 * GAP + sum(heights)), "white")
+    sheet = Image.new("RGB", (lefts[-1], tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
     for left, title in zip(lefts, columns):
         draw.text((left, GAP / 2), title, "black", FONT)
-    top = TEXT + 2 * GAP
-    for row, label, height in zip(cells, labels, heights):
+    for row, lines, top in zip(cells, texts, tops):
         for left, picture in zip(lefts, row):
             sheet.paste(picture, (left, top))
-        draw.text((GAP, top + max(c.height for c in row) + 1), label, GREY, FONT)
-        top += height
+        bottom = top + max(picture.height for picture in row)
+        draw.text((GAP, bottom + 1), "\n".join(lines), GREY, FONT)
     return sheet
-
 
 def curves(columns, width=300, height=160, margin=70):
     """{name: [(x, y), ...]} -> a picture with a small plot of each, three in a row."""
     right, down = width + margin + 24, height + 48
-    rows = math.ceil(len(columns) / 3)
-    sheet = Image.new("RGB", (right * min(3, len(columns)), down * rows), "white")
+    size = right * min(3, len(columns)), down * math.ceil(len(columns) / 3)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, (name, points) in enumerate(columns.items()):
         left, top = i % 3 * right + margin, i // 3 * down + 24

@@ -5,6 +5,7 @@ description, the edited image and its caption are exact: the truth that no real 
 """
 import random
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -15,6 +16,7 @@ COLOURS = {"red": (214, 40, 40), "green": (46, 150, 60), "blue": (40, 80, 200),
 BACKGROUNDS = {"white": (238, 238, 238), "black": (28, 28, 28), "gray": (128, 128, 128),
                "pink": (245, 170, 195), "teal": (60, 165, 165), "brown": (115, 75, 45)}
 RGB = COLOURS | BACKGROUNDS
+LOOKS = list(product(COLOURS, SHAPES))         # of objects: (colour, shape)
 KINDS = ("colour", "background", "shape", "remove", "add")        # of edits
 SPLITS = ("train", "validation", "test")
 
@@ -35,24 +37,22 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Up to three objects on a background.  shade: by how much its brightness changes from edge to
-    edge, in x and in y."""
+    """Up to three objects on a background, whose brightness changes evenly from edge to edge."""
     background: str
-    shade: tuple
+    shade: tuple                               # in x and y: from 1 - shade to 1 + shade
     objects: tuple
 
     @property
     def caption(self):
         if not self.objects:
             return f"a {self.background} background"
-        names = [with_article(o.name) for o in self.objects]
-        listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        *names, last = [with_article(o.name) for o in self.objects]
+        listed = f"{', '.join(names)} and {last}" if names else last
         return f"{listed} on a {self.background} background"
 
     @property
     def held_out(self):
-        """Whether an object has a combination of colour, shape and background, one of six, that
-        training never shows."""
+        """Whether an object has a look (one in six) that training lacks on this background."""
         colours, background = list(COLOURS), list(BACKGROUNDS).index(self.background)
         return any((colours.index(o.colour) + SHAPES.index(o.shape) + background) % 6 == 0
                    for o in self.objects)
@@ -69,15 +69,13 @@ class Edit:
     subject: str                               # the colour that leaks in an entangled pair
 
 
+# ---- scenes and edits -------------------------------------------------------------------------
+
 def with_article(name):
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
-
-# ---- scenes and edits -------------------------------------------------------------------------
-
 def is_free(x, y, radius, others):
     return all((x - o.x) ** 2 + (y - o.y) ** 2 > (radius + o.radius + 1.5) ** 2 for o in others)
-
 
 def place(rng, others):
     """(x, y, radius) of a new object that touches no other, or None if thirty throws find none."""
@@ -88,17 +86,14 @@ def place(rng, others):
             return x, y, radius
     return None
 
-
 def random_scene(rng):
     background = rng.choice(list(BACKGROUNDS))
     scene = Scene(background, (rng.uniform(-0.12, 0.12), rng.uniform(-0.12, 0.12)), ())
-    # No two objects have the same name: "the red circle" is always one.
-    for name in rng.sample([(c, s) for c in COLOURS for s in SHAPES], rng.choice((1, 2, 2, 3))):
+    for look in rng.sample(LOOKS, rng.choice((1, 2, 2, 3))):      # so "the red circle" is one
         spot = place(rng, scene.objects)
         if spot:
-            scene = replace(scene, objects=scene.objects + (Object(*name, *spot),))
+            scene = replace(scene, objects=scene.objects + (Object(*look, *spot),))
     return scene
-
 
 def random_edit(rng, scene, kind):
     """One edit of the kind, or None if the scene has no room for it."""
@@ -108,11 +103,10 @@ def random_edit(rng, scene, kind):
         return Edit(kind, scene, replace(scene, background=new), f"make the background {new}",
                     f"make the background {scene.background}", new)
     if kind == "add":
-        free = [(c, s) for c in COLOURS for s in SHAPES if f"{c} {s}" not in names]
         spot = place(rng, scene.objects) if len(scene.objects) < 3 else None
         if spot is None:
             return None
-        new = Object(*rng.choice(free), *spot)
+        new = Object(*rng.choice([look for look in LOOKS if " ".join(look) not in names]), *spot)
         return Edit(kind, scene, replace(scene, objects=scene.objects + (new,)),
                     f"add {with_article(new.name)}", f"remove the {new.name}", new.colour)
     old = rng.choice(scene.objects)
@@ -131,7 +125,6 @@ def random_edit(rng, scene, kind):
     changed = tuple(new if o is old else o for o in scene.objects)
     return Edit(kind, scene, replace(scene, objects=changed), *texts, new.colour)
 
-
 def edit(split, index, seed=0):
     """Sample `index` of a split, a function of these arguments alone.  The kinds take turns.  No
     training or validation sample shows a held-out combination; every test sample does."""
@@ -141,10 +134,9 @@ def edit(split, index, seed=0):
         if made and (made.scene.held_out or made.edited.held_out) == (split == "test"):
             return made
 
-
 def entangled(sample, rng):
-    """The edited scene with the biases of Prompt-to-Prompt's pairs (figure 2 of the paper): 40 % of
-    the new colour leaks into the background, or of a new background into the objects, and all
+    """The edited scene with the biases of Prompt-to-Prompt's pairs (the paper's figure 2): 40 %
+    of the new colour leaks into the background, or of a new background into the objects, and all
     objects drift by up to 2 pixels."""
     def leak(colour):
         return tuple(0.6 * a + 0.4 * b for a, b in zip(RGB[colour], RGB[sample.subject]))
@@ -157,18 +149,16 @@ def entangled(sample, rng):
     background = scene.background if into_objects else leak(scene.background)
     return replace(scene, objects=tuple(objects), background=background)
 
-
 def truths(sample):
     """All true edited scenes: the one; but "add" names no place, so for it one for every free
     place (a grid of 2 pixels, three sizes), and a judge takes the nearest to an output."""
+    scenes, places = [sample.edited], range(6, SIZE - 5, 2)
     if sample.kind != "add":
-        return [sample.edited]
-    before, new, scenes = sample.scene.objects, sample.edited.objects[-1], [sample.edited]
-    places = range(6, SIZE - 5, 2)
-    for r, x, y in [(r, x, y) for r in (5.0, 6.0, 7.0) for x in places for y in places]:
-        if r + 1 <= min(x, y, SIZE - x, SIZE - y) and is_free(x, y, r, before):
-            objects = before + (replace(new, x=x, y=y, radius=r),)
-            scenes.append(replace(sample.edited, objects=objects))
+        return scenes
+    for r, x, y in product((5.0, 6.0, 7.0), places, places):
+        if r + 1 <= min(x, y, SIZE - x, SIZE - y) and is_free(x, y, r, sample.scene.objects):
+            new = replace(sample.edited.objects[-1], x=x, y=y, radius=r)
+            scenes.append(replace(sample.edited, objects=sample.scene.objects + (new,)))
     return scenes
 
 
@@ -176,9 +166,8 @@ def truths(sample):
 
 def render(scenes):
     """Scenes -> images (B, 3, SIZE, SIZE) in [-1, 1], shapes antialiased by their distance."""
-    def rgb(colours):
-        triples = [RGB[colour] if isinstance(colour, str) else colour for colour in colours]
-        return torch.tensor(triples)[:, :, None, None] / 255                  # (b, 3, 1, 1)
+    def rgb(colours):                          # names or triples -> (b, 3, 1, 1) in [0, 1]
+        return torch.tensor([RGB.get(c, c) for c in colours])[:, :, None, None] / 255
 
     # the background; its light changes from edge to edge
     y, x = torch.meshgrid(*[torch.arange(SIZE) + 0.5] * 2, indexing="ij")     # (S, S) each
@@ -202,6 +191,5 @@ def render(scenes):
         shapes = [SHAPES.index(o.shape) for o in objects]
         distance = distances[shapes, torch.arange(len(rows))]                 # (b, S, S)
         cover = (0.5 - distance).clamp(0, 1)[:, None]                         # (b, 1, S, S)
-        colour = rgb([o.colour for o in objects])                             # (b, 3, 1, 1)
-        images[rows] = images[rows] * (1 - cover) + colour * cover
+        images[rows] = images[rows] * (1 - cover) + rgb([o.colour for o in objects]) * cover
     return images.clamp(0, 1) * 2 - 1

@@ -35,7 +35,7 @@ TOY = str(Path(__file__).resolve().parent / "models/toy")
 SETTINGS = {
     "model":      (SD15,   SD15,   TOY + "/baseline", TOY + "/text2image"),    # where it starts
     "clip":       (VIT_L,  VIT_L,  TOY + "/clip",     None),    # the CLIP of the losses
-    "steps":      (11_000, 11_000, 500,               2000),    # of the optimizer
+    "steps":      (11_000, 11_000, 800,               2000),    # of the optimizer
     "batch_size": (768,    8,      16,                64),      # images in a step
     "lr":         (5e-5,   5e-5,   1e-4,              1e-3),    # of AdamW, after LR_WARMUP steps
     "resolution": (None,   256,    32,                32),      # silent; InstructPix2Pix has 256
@@ -186,8 +186,8 @@ def add_gradients(run, model, clip, loader, scaler, args):
 
 @torch.no_grad()
 def update_average(average, unet, step, steps=1):
-    """The moving average of a UNet after `step` steps, `steps` since its last update; its decay is
-    InstructPix2Pix's, min(DECAY, (1 + n) / (10 + n))."""
+    """The moving average of a UNet after `step` steps, `steps` of them since its last update.  Its
+    decay is InstructPix2Pix's: min(DECAY, (1 + n) / (10 + n))."""
     decay = min(DECAY, (1 + step) / (10 + step)) ** steps
     for a, weight in zip(average.parameters(), unet.parameters()):
         if weight.requires_grad:
@@ -238,7 +238,7 @@ def train(args):
     args.output.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     parts = {"unet": model.unet, "average": average.unet, "optimizer": optimizer, "scaler": scaler}
-    run = Namespace(step=0, rows=[], losses={}, best=float("inf"))
+    run = Namespace(step=0, averaged=0, rows=[], losses={}, best=float("inf"))
     vars(run).update(load_run(args.output, settings, parts))
     print(f"{sum(w.numel() for w in weights):,} parameters train, from step {run.step}; "
           + ", ".join(f"{name} {value}" for name, value in vars(args).items()))
@@ -263,11 +263,13 @@ def train(args):
         run.step += 1
         bar.update()
 
-        if run.step % AVERAGE_EVERY == 0:
-            update_average(average.unet, model.unet, run.step, AVERAGE_EVERY)
+        saves = run.step % args.save_every == 0 or run.step == args.steps
+        if saves or run.step % AVERAGE_EVERY == 0:
+            update_average(average.unet, model.unet, run.step, run.step - run.averaged)
+            run.averaged = run.step
         if args.rank == 0 and run.step % LOG_EVERY == 0:
             save_log(args, run)
-        if args.rank == 0 and (run.step % args.save_every == 0 or run.step == args.steps):
+        if args.rank == 0 and saves:
             save(run, model, average, clip, validation_data, shown, args)
             save_run(args.output, settings, parts, vars(run))
 

@@ -109,8 +109,8 @@ class Table:
         self.peak = self.rate = float("inf")   # FLOP/s: the peak, and those of the line before, to plan by
         n = 8192 if self.cuda else 2048
         a, b = torch.randn(2, n, n, device=self.where).to(dtype)
-        seconds = self.line(f"matrix product of {n}x{n}, {dtype}", None, lambda: a @ b, 2 * n ** 3)
-        self.peak = 2 * n ** 3 / seconds
+        self.line(f"matrix product of {n}x{n}, {dtype}", None, lambda: a @ b, 2 * n ** 3)
+        self.peak = 2 * n ** 3 / self.fastest
         self.rate = self.peak / 2
         print(f"the machine's peak: {self.peak / 1e12:.3g} TFLOP/s", flush=True)
 
@@ -177,13 +177,14 @@ class Table:
         """The columns that follow from the times of a row."""
         times = row["times"]
         row["s"] = s = statistics.median(times)
+        self.fastest = min(times)
         if len(times) > 1:
             row["spread"] = (max(times) - min(times)) / s
         if row["batch"]:
             row["images/s"] = row["batch"] / s
         if flops:
             self.rate = flops / s
-            row |= {"TFLOP": flops / 1e12, "TFLOP/s": self.rate / 1e12, "of peak": self.rate / self.peak}
+            row |= {"TFLOP": flops / 1e12, "TFLOP/s": self.rate / 1e12, "of peak": self.rate / self.peak or None}
 
     def add(self, row):
         """Prints and keeps a row: some of the COLUMNS, or why it is skipped."""
