@@ -1,11 +1,9 @@
 """Files of models and of runs: finds, checks, loads and saves them.
 
-A model is a directory or an id of the hub, in the layout of SD 1.5 and InstructPix2Pix: unet/,
-vae/, text_encoder/, tokenizer/, scheduler/.  Only safetensors are read.  All that is wrong with
-the files of a model is a ValueError of one line, which names the file.
+A model is a directory or an id of the hub, with SD 1.5's unet/, vae/, text_encoder/, tokenizer/ and
+scheduler/.  Only safetensors are read.  Errors are a ValueError of one line that names the file.
 """
 import json
-import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from cli import peak_memory, replace_file
+from data import parse_json
 from pictures import curves, save_png
 from unet import SD15, UNet, inflate_conv_in
 from vae import SD15_VAE, VAE
@@ -33,23 +32,20 @@ FIXED_UNET = {
     "time_embedding_type": "positional", "transformer_layers_per_block": 1}
 FIXED_VAE = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
              "use_post_quant_conv": True}
-FIXED_SCHEDULER = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon",
-                   "num_train_timesteps": 1000, "trained_betas": None,
-                   "rescale_betas_zero_snr": False}
-FREE = {"sample_size", "force_upcast", "addition_embed_type_num_heads", "down_block_types",
-        "up_block_types"}
+FIXED_SCHEDULER = {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": False,
+                   "prediction_type": "epsilon", "num_train_timesteps": 1000, "trained_betas": None}
+FREE = {"sample_size", "force_upcast", "addition_embed_type_num_heads"}
 UNET_BLOCKS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
 VAE_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
 # What a model may recommend for its edits, in edit_defaults.json.
 DEFAULTS = {"steps": int, "text_guidance": float, "image_guidance": float, "resolution": int}
 MODEL_INDEX = {
-    "_class_name": "StableDiffusionInstructPix2PixPipeline",
+    "_class_name": "StableDiffusionInstructPix2PixPipeline", "requires_safety_checker": False,
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"], "scheduler": ["diffusers", "DDIMScheduler"],
     "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None],
-    "feature_extractor": [None, None], "image_encoder": [None, None],
-    "requires_safety_checker": False}
+    "feature_extractor": [None, None], "image_encoder": [None, None]}
 
 
 @contextmanager
@@ -75,25 +71,20 @@ def find_model(path_or_id):
     texts = ["tokenizer/*", "scheduler/*.json", "*/config.json", "edit_defaults.json"]
     with about(f"{name} is no local directory, and the hub did not give it"):
         for variant in VARIANTS:
-            weights = [f"{part}{variant}{end}" for end in (".safetensors", "-*.safetensors")
-                       for part in (f"unet/{NETWORK}", f"vae/{NETWORK}", "text_encoder/model")]
-            weights.append(f"*/*.safetensors.index{variant}.json")
-            path = Path(snapshot_download(name, allow_patterns=texts + weights))
+            files = texts + [f"*/*.safetensors.index{variant}.json"]
+            for stem in (f"unet/{NETWORK}", f"vae/{NETWORK}", "text_encoder/model"):
+                files += [f"{stem}{variant}.safetensors", f"{stem}{variant}-*.safetensors"]
+            path = Path(snapshot_download(name, allow_patterns=files))
             if list(path.glob("unet/*.safetensors")):
                 break
     return path, "unet"
-
 
 def read_json(path):
     """The JSON object in a file of a model, as a dict."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: {path.parent} is no complete model")
-    with about(f"{path} is not valid JSON"):
-        content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
-
+    with about(path):
+        return parse_json(path.read_text())
 
 def weight_files(folder, stem):
     """The safetensors files of a part (one, or the shards that an index names), and its variant."""
@@ -103,78 +94,67 @@ def weight_files(folder, stem):
         if single.is_file():
             return [single], variant
         if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{index} has no weight_map that names files")
-            return [folder / str(shard) for shard in sorted(set(shards.values()))], variant
+            with about(f"{index} has no weight_map that names files"):
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+                return [folder / shard for shard in shards], variant
     for pickle in [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]:
-        raise ValueError(f"{pickle} is a pickle, which may run code; convert it, if you trust it: "
-                         f"safetensors.torch.save_file(torch.load('{pickle.name}', "
-                         f"weights_only=True), '{stem}.safetensors')")
+        raise ValueError(f"{pickle} is a pickle, which may run code; if you trust it, convert it "
+                         f"with torch.load and safetensors.torch.save_file to {stem}.safetensors")
     raise ValueError(f"{folder} has no {stem}.safetensors")
 
 
-# ---- check ------------------------------------------------------------------------------------
+# ---- check and load ---------------------------------------------------------------------------
 
-def check_fixed(config, fixed):
+def check(config, fixed, numbers):
+    """ValueError, which names the key, for a value that is not the fixed one, or no such number."""
     for key, value in fixed.items():
         if (config.get(key, value) or None) != (value or None):   # null, false, 0: "without"
             raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
-
-
-def check_network(config, defaults, fixed, blocks):
-    """ValueError, which names the key, for a config.json that unet.py or vae.py cannot build."""
-    full = defaults | config
-    channels, heads = full["block_out_channels"], full.get("attention_head_dim", 1)
-    others = {key for key in config if not key.startswith("_")} - defaults.keys() - FREE
-    check_fixed(config, dict.fromkeys(others) | fixed)
-    for key, value in defaults.items():
-        if type(value) is int and key != "attention_head_dim" and type(full[key]) is not int:
-            raise ValueError(f"{key} = {full[key]!r} is not supported, only a whole number")
-    for key, supported in blocks.items():
-        kinds = full.get(key, [supported[0]] * len(channels))
-        if len(kinds) != len(channels) or not set(kinds) <= set(supported):
-            raise ValueError(f"{key} = {kinds!r} is not supported, only {len(channels)} of "
-                             f"{', '.join(supported)}, as many as block_out_channels")
-    heads = heads if isinstance(heads, list) else [heads] * len(channels)
-    for width, h in zip(channels, heads, strict=True):
-        if type(h) is not int or h < 1 or width % h:
-            raise ValueError(f"attention_head_dim: {width} channels do not divide into {h!r} heads")
-
-
-def check_numbers(config, kinds):
-    for key, kind in kinds.items():
+    for key, kind in numbers.items():
         if key in config and type(config[key]) not in (int, kind):
             what = "whole number" if kind is int else "number"
             raise ValueError(f"{key} = {config[key]!r} is no {what}")
 
-
-# ---- load -------------------------------------------------------------------------------------
+def check_network(config, defaults, fixed, blocks):
+    """The same for a config.json that unet.py or vae.py cannot build."""
+    full = defaults | config
+    channels, heads = full["block_out_channels"], full.pop("attention_head_dim", 1)
+    others = {key for key in config if key[:1] != "_"} - defaults.keys() - blocks.keys() - FREE
+    numbers = {key: int for key, value in defaults.items() if type(value) is int}
+    check(full, dict.fromkeys(others) | fixed, numbers)
+    for key, supported in blocks.items():
+        kinds = full.get(key, supported[:1] * len(channels))
+        if len(kinds) != len(channels) or not set(kinds) <= set(supported):
+            raise ValueError(f"{key} = {kinds}: only {len(channels)} of {supported} are supported")
+    heads = heads if isinstance(heads, list) else [heads] * len(channels)
+    for width, h in zip(channels, heads, strict=True):
+        if type(h) is not int or h < 1 or width % h:
+            raise ValueError(f"attention_head_dim: {width} channels do not divide into {h!r} heads")
 
 def load(path_or_id, device, dtype):
     """The arguments of EditModel: frozen networks on a device, a tokenizer and two configs."""
     path, unet_name = find_model(path_or_id)
     unet = load_network(UNet, path / unet_name, SD15, FIXED_UNET, UNET_BLOCKS, inflate_conv_in)
     vae = load_network(VAE, path / "vae", SD15_VAE, FIXED_VAE, VAE_BLOCKS, modern_names)
-    text_encoder, tokenizer = load_text(path, dtype)
+    folder = path / "text_encoder"
+    variant = weight_files(folder, "model")[1].removeprefix(".") or None
+    read_json(folder / "config.json")
+    text_encoder, tokenizer = load_clip_part(CLIPTextModel, "text encoder", folder,
+                                             path / "tokenizer", dtype, variant)
     width, wanted = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
     if width != wanted:
         raise ValueError(f"{path}: the text encoder's width is {width}, the UNet takes {wanted}")
     scheduler = read_json(path / "scheduler/scheduler_config.json")
     with about(path / "scheduler/scheduler_config.json"):
-        check_fixed(scheduler, FIXED_SCHEDULER)
-        check_numbers(scheduler, {"beta_start": float, "beta_end": float, "steps_offset": int})
+        numbers = {"beta_start": float, "beta_end": float, "steps_offset": int}
+        check(scheduler, FIXED_SCHEDULER, numbers)
     file = path / "edit_defaults.json"
     defaults = read_json(file) if file.is_file() else {}
     with about(f"{file}: a model may recommend {', '.join(DEFAULTS)}"):
-        check_fixed(defaults, dict.fromkeys(defaults.keys() - DEFAULTS.keys()))
-        check_numbers(defaults, DEFAULTS)
-    for module in (unet, vae, text_encoder):
-        module.to(device, dtype).requires_grad_(False).eval()
-    for module in (unet, vae):
-        module.to(memory_format=torch.channels_last)      # convolutions are faster in this layout
+        check(defaults, dict.fromkeys(defaults.keys() - DEFAULTS.keys()), DEFAULTS)
+    for module in (unet, vae, text_encoder):              # convolutions are faster channels_last
+        module.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
     return unet, vae, text_encoder, tokenizer, scheduler, defaults
-
 
 def load_network(network, folder, defaults, fixed, blocks, adapt):
     """network(config) with the weights of its folder, strictly, after adapt(config, state dict)."""
@@ -190,48 +170,32 @@ def load_network(network, folder, defaults, fixed, blocks, adapt):
         module.load_state_dict(state, assign=True)
     return module
 
-
 def modern_names(config, state):
     """A VAE's attention by today's names and as matrices; old files have 1x1 convolutions."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     for key in [key for key in state if ".attentions." in key]:
         module, name, kind = key.rsplit(".", 2)                   # kind: weight or bias
         tensor = state.pop(key)
-        tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor
-        state[f"{module}.{names.get(name, name)}.{kind}"] = tensor
+        state[f"{module}.{names.get(name, name)}.{kind}"] = tensor.reshape(tensor.shape[:2])
     return config, state
 
-
-def load_text(path, dtype):
-    """The text encoder and the tokenizer of a model."""
-    folder = path / "text_encoder"
-    _, variant = weight_files(folder, "model")
-    read_json(folder / "config.json")
-    with about(f"{folder}: the weights of the text encoder do not fit its config.json"):
-        text_encoder, report = CLIPTextModel.from_pretrained(
-            folder, variant=variant.removeprefix(".") or None, use_safetensors=True, dtype=dtype,
-            output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"{folder} lacks weights: {min(report['missing_keys'])}")
-    return text_encoder, load_tokenizer(path / "tokenizer")
-
-
-def load_tokenizer(path_or_id):
-    with about(f"{path_or_id}: the tokenizer is missing or damaged"):
-        tokenizer = CLIPTokenizer.from_pretrained(path_or_id)
+def load_clip_part(network, what, path, tokenizer_path, dtype, variant=None):
+    """A network of transformers, of which no weight is missing, and a tokenizer."""
+    with about(f"{path}: weights and config.json make no whole {what}"):
+        module, report = network.from_pretrained(
+            path, variant=variant, use_safetensors=True, dtype=dtype, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"it lacks {min(report['missing_keys'])}")
+    with about(f"{tokenizer_path}: the tokenizer is missing or damaged"):
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path)
         if len(tokenizer) <= 2:                 # transformers makes an empty one without its files
             raise ValueError("vocab.json has no words")
-    return tokenizer
-
+    return module, tokenizer
 
 def load_clip(path_or_id, device):
     """The arguments of ClipScorer: a CLIP in the hub's layout, and its tokenizer."""
-    with about(f"{path_or_id} is no whole CLIP"):
-        clip, report = CLIPModel.from_pretrained(
-            path_or_id, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"{path_or_id} lacks weights: {min(report['missing_keys'])}")
-    return clip.to(device), load_tokenizer(path_or_id)
+    clip, tokenizer = load_clip_part(CLIPModel, "CLIP", path_or_id, path_or_id, torch.float32)
+    return clip.to(device), tokenizer
 
 
 # ---- save -------------------------------------------------------------------------------------
@@ -245,9 +209,7 @@ def save(model, path):
         save_network(model.unet, new / "unet")
         save_network(model.vae, new / "vae")
         model.text_encoder.config.save_pretrained(new / "text_encoder")
-        state = model.text_encoder.state_dict()
-        state = {f"text_model.{name}": weight for name, weight in state.items()}  # all read these
-        save_weights(state, new / "text_encoder/model.safetensors")
+        save_weights(model.text_encoder, new / "text_encoder/model.safetensors", "text_model.")
         model.tokenizer.save_pretrained(new / "tokenizer")
         model.tokenizer.backend_tokenizer.model.save(str(new / "tokenizer"))      # vocab.json
         write_json(model.scheduler, new / "scheduler/scheduler_config.json")
@@ -257,19 +219,17 @@ def save(model, path):
         for file in new.glob("**/*.*"):
             target = path / file.relative_to(new)
             target.parent.mkdir(exist_ok=True)
-            os.replace(file, target)
-
+            file.replace(target)
 
 def save_network(module, folder):
     """A UNet or VAE, under the names that other libraries read."""
     class_name = "UNet2DConditionModel" if isinstance(module, UNet) else "AutoencoderKL"
     write_json({"_class_name": class_name} | module.config, folder / "config.json")
-    save_weights(module.state_dict(), folder / f"{NETWORK}.safetensors")
+    save_weights(module, folder / f"{NETWORK}.safetensors")
 
-
-def save_weights(state, file):
-    save_file({name: weight.contiguous() for name, weight in state.items()}, file, {"format": "pt"})
-
+def save_weights(module, file, prefix=""):
+    state = {prefix + name: weight.contiguous() for name, weight in module.state_dict().items()}
+    save_file(state, file, {"format": "pt"})
 
 def write_json(content, file):
     file.parent.mkdir(exist_ok=True)
@@ -284,13 +244,11 @@ def save_run(folder, settings, parts, run):
     state = {"settings": settings, "parts": state, "run": run}
     replace_file(folder / "state.pt", lambda file: torch.save(state, file))
 
-
 def save_log(args, run):
     """Adds a row to log.csv and curves.png: the means of run.losses since the last row."""
     images = run.step * args.batch_size * args.accumulate * args.processes
-    row = {"step": run.step, "images": images}
-    for name, losses in run.losses.items():
-        row[name] = round(sum(losses) / len(losses), 4)
+    means = {name: round(sum(x) / len(x), 4) for name, x in run.losses.items()}
+    row = {"step": run.step, "images": images} | means
     run.rows, run.losses = run.rows + [row], {}
     text = ", ".join(f"{name} {value}" for name, value in row.items())
     tqdm.write(f"{text}, {peak_memory(args.device):.1f} GiB")
@@ -301,7 +259,6 @@ def save_log(args, run):
     points = {n: [(row["step"], row[n]) for row in run.rows if n in row] for n in names[2:]}
     save_png(curves(points), args.output / "curves.png")
 
-
 def load_run(folder, settings, parts):
     """Gives the parts what `save_run` wrote -> the numbers; {} for a new run.  ValueError if the
     file is damaged, or the run was begun with other settings."""
@@ -311,10 +268,10 @@ def load_run(folder, settings, parts):
     with about(f"{file} is damaged; remove it to start again"):
         state = torch.load(file, map_location="cpu", weights_only=True)
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            flag, old = name.replace("_", "-"), state["settings"].get(name)
-            raise ValueError(f"{folder} holds a run with another --{flag} ({old}); remove it, or "
-                             "choose another --output")
+        old = state["settings"].get(name)
+        if old != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{folder} holds a run with {flag} {old}: choose another --output")
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     return state["run"]

@@ -30,7 +30,7 @@ def errors(parser, args, advice="choose a smaller --batch-size"):
         yield
     except torch.OutOfMemoryError:
         parser.error(f"the memory of {args.device} is too small; {advice}")
-    except (ValueError, OSError, SafetensorError) as error:       # the last one on a full disk
+    except (ValueError, OSError, SafetensorError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
 
 def replace_file(path, write):
@@ -118,18 +118,3 @@ def mean_of_processes(tensors):
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()
-
-
-def keep_settings(folder, settings, results):
-    """Writes a folder's settings.__import__("json").  ValueError if there are `results` in it, a glob pattern,
-    that were made with other settings."""
-    file = folder / "settings.json"
-    old = settings
-    if file.is_file() and any(folder.glob(results)):
-        old = __import__("json").loads(file.read_text())
-    changed = [name for name in settings if old.get(name) != settings[name]]
-    if changed:
-        raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose "
-                         "another --output, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda path: path.write_text(__import__("json").dumps(settings, indent=1)))

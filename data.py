@@ -129,10 +129,9 @@ class Source(torch.utils.data.Dataset):
         edit, images = self.open(rng, *item)
         if len({image.shape for image in images}) > 1:
             raise ValueError("the image and the edited image differ in size")
-        images = torch.stack(images)
-        side = min(images.shape[2:])
-        top, left = [rng.randint(0, length - side) for length in images.shape[2:]]
-        images = images[:, :, top:top + side, left:left + side]
+        side = min(images[0].shape[1:])
+        top, left = [rng.randint(0, length - side) for length in images[0].shape[1:]]
+        images = torch.stack(images)[:, :, top:top + side, left:left + side]
         images = F.interpolate(images, self.resolution, mode="bicubic", antialias=True).clamp(-1, 1)
         texts = [edit.get(name, "") for name in TEXTS]
         names_a_side = re.search(r"\b(left|right)", " ".join(texts).lower())
@@ -141,7 +140,7 @@ class Source(torch.utils.data.Dataset):
         return images, texts
 
     def __getitems__(self, references):
-        """Some of `order` -> a Batch or None, errors; good samples fill the places of broken ones."""
+        """Some of `order` -> a Batch or None, errors; good samples stand in for broken ones."""
         samples, errors = [], []
         for reference in references:
             try:

@@ -1,21 +1,18 @@
 """Edits images as an instruction says.  Without any argument it draws the demo, figure 3.
 
     python edit.py                                                                # outputs/demo.png
-    python edit.py --input photo.jpg --edit "make it snow" --output snow.png \\
-        --model timbrooks/instruct-pix2pix
-    python edit.py --input photos --edit "make it snow" --output snowy \\
-        --model runs/photos/best                                          # all images of a folder
-    python edit.py --input photo.jpg --edit "make it snow" --reverse "melt the snow" \\
-        --output snow.png                                                 # also snow-cycle.png
+    python edit.py --model MODEL --input photo.jpg --edit "make it snow" --output snow.png
+    python edit.py --model MODEL --input photos --edit "make it snow" --output snowy     # a folder
+    python edit.py ... --edit "make it snow" --reverse "melt the snow"        # also snow-cycle.png
 
+MODEL is timbrooks/instruct-pix2pix, or one that train.py wrote, as runs/photos/best.
 An image is resized for the edit, not cropped, and the result is as large as the input.  A model
 may recommend steps, guidance scales and a resolution (edit_defaults.json); flags overrule them.
 """
 import sys
 import tempfile
-from argparse import RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -34,22 +31,19 @@ LONGEST = 4096                                 # pixels of a side while an image
 
 def parser():
     p = Parser("edit.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-
-    def add(flag, text, **kind):
-        p.add_argument(flag, help=text, **kind)
-    add("--input", "an image, or a folder of images")
-    add("--edit", "the instruction; several are applied in turn", action="append", default=[])
-    add("--reverse", "undoes --edit, and draws OUTPUT-cycle.png", action="append", default=[])
-    add("--output", "a .png file, or a folder if the input is one")
-    add("--model", "directory or hub id (%(default)s)", default=TOY)
-    add("--steps", "of denoising (the model's, otherwise 50)", type=number(int, 1, 999))
-    add("--cfg-text", "guidance scale s_T (the model's, otherwise 7.5)", type=non_negative_float)
-    add("--cfg-image", "guidance scale s_I (the model's, otherwise 1.5)", type=non_negative_float)
-    add("--resolution", "of the shorter side during the edit (the model's, otherwise 512)",
-        type=number(int, 16, 2048))
-    add("--seed", "of the noise, for every image and turn (%(default)s)", type=seed_int, default=0)
-    add("--device", "(%(default)s)", type=device, default=default_device())
-    add("--precision", "(fp16 on CUDA, otherwise fp32)", choices=DTYPES)
+    add = p.add_argument
+    add("--input", help="an image, or a folder of images")
+    add("--edit", action="append", default=[], help="the instruction; several are applied in turn")
+    add("--reverse", action="append", default=[], help="undoes --edit; draws OUTPUT-cycle.png")
+    add("--output", help="a .png file, or a folder if the input is one")
+    add("--model", default=TOY, help="directory or hub id (%(default)s)")
+    add("--steps", type=number(int, 1, 999), help="of denoising (the model's, otherwise 50)")
+    add("--cfg-text", type=non_negative_float, help="guidance scale s_T (the model's, or 7.5)")
+    add("--cfg-image", type=non_negative_float, help="guidance scale s_I (the model's, or 1.5)")
+    add("--resolution", type=number(int, 16, 2048), help="shorter side (the model's, or 512)")
+    add("--seed", type=seed_int, default=0, help="of the noise of each image (%(default)s)")
+    add("--device", type=device, default=default_device(), help="(%(default)s)")
+    add("--precision", choices=DTYPES, help="(fp16 on CUDA, otherwise fp32)")
     return p
 
 
@@ -65,7 +59,7 @@ def check_files(args):
         if not getattr(args, flag):
             raise ValueError(f"--{flag} is missing; an edit needs --input, --edit and --output")
     if len(args.reverse) not in (0, len(args.edit)):
-        raise ValueError(f"{len(args.reverse)} --reverse for {len(args.edit)} --edit: give one each")
+        raise ValueError(f"{len(args.reverse)} --reverse for {len(args.edit)} --edit: one for each")
     if not all(text.encode().strip() for text in args.edit + args.reverse):   # encode: is it text?
         raise ValueError('an instruction is empty; say what to change: --edit "make it snow"')
 
@@ -91,8 +85,7 @@ def check_files(args):
             raise ValueError(f"--output would overwrite the input {file}; choose another name")
         if file.is_dir():
             raise ValueError(f"--output {file} is a folder; choose another name, or remove it")
-    return [(i, tuple(load_image(i).shape[1:]), o) for i, o in zip(inputs, outputs)]
-
+    return [(i, load_image(i).shape[1:], o) for i, o in zip(inputs, outputs)]
 
 def check_writable(folder):
     try:
@@ -100,19 +93,16 @@ def check_writable(folder):
     except OSError as error:
         raise ValueError(f"--output: cannot write in {folder}: {error.strerror}") from None
 
-
 def cycle_file(output):
     return output.with_name(f"{output.stem}-cycle.png")
 
-
 def warn_of_cut_texts(model, texts):
-    longest = model.tokenizer.model_max_length                    # with the start and the end
+    longest = model.tokenizer.model_max_length - 2                # without the start and the end
     for text in texts:
-        ids = model.tokenizer(text).input_ids
-        if len(ids) > longest:
-            cut = model.tokenizer.decode(ids[longest - 1:-1])
-            print(f"edit.py: warning: an instruction has more than {longest - 2} tokens; what is "
-                  f"cut and not followed: {cut!r}", file=sys.stderr)
+        cut = model.tokenizer.decode(model.tokenizer(text).input_ids[1 + longest:-1])
+        if cut:
+            print(f"edit.py: warning: an instruction has more than {longest} tokens; what is cut "
+                  f"and not followed: {cut!r}", file=sys.stderr)
 
 
 # ---- editing ----------------------------------------------------------------------------------
@@ -124,7 +114,6 @@ def recommended(model):
             "cfg_image": float(model.guidance["image_guidance"]),
             "resolution": model.defaults.get("resolution", 512)}
 
-
 def edit_size(model, name, size, resolution):
     """The size (H, W) of an image during the edit: the shorter side about `resolution`, both
     sides multiples of what the model halves, which is 64 in Stable Diffusion."""
@@ -132,21 +121,14 @@ def edit_size(model, name, size, resolution):
     factor = resolution / min(size) / multiple
     height, width = [multiple * max(1, round(side * factor)) for side in size]
     if max(height, width) > LONGEST:
-        raise ValueError(f"{name}, of {size[1]}x{size[0]}, would be edited at {width}x{height}, "
-                         f"more than {LONGEST} pixels a side; choose a smaller --resolution, or "
-                         "cut the image")
+        raise ValueError(f"{name}, of {size[1]}x{size[0]}, would be edited at {width}x{height}; at "
+                         f"most {LONGEST} a side: choose a smaller --resolution, or cut the image")
     return height, width
 
-
-def resize(image, size):
-    """(3, H, W) -> (1, 3, *size)"""
-    return F.interpolate(image[None], size, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def to_batch(model, images, size):
-    """Images of any sizes -> (B, 3, *size) for a model; nothing is cropped."""
-    return torch.cat([resize(image, size) for image in images]).to(model.device, model.dtype)
-
+def resize(images, size):
+    """Images (3, H, W) of any sizes -> (B, 3, *size); nothing is cropped."""
+    resized = [F.interpolate(image[None], size, mode="bicubic", antialias=True) for image in images]
+    return torch.cat(resized).clamp(-1, 1)
 
 def edit(model, images, instructions, size, args, progress=True):
     """Edits each image (3, H, W) at `size` and gives it back at its own size, rounded to the 256
@@ -154,38 +136,35 @@ def edit(model, images, instructions, size, args, progress=True):
     latent = [model.vae.config["latent_channels"], *(side // model.vae.factor for side in size)]
     noise = torch.randn(1, *latent, generator=torch.Generator().manual_seed(args.seed))
     noise = noise.expand(len(images), -1, -1, -1)
-    edited = model.edit(to_batch(model, images, size), instructions, args.steps, args.cfg_text,
+    edited = model.edit(resize(images, size), instructions, args.steps, args.cfg_text,
                         args.cfg_image, noise, progress=progress)
     if not edited.isfinite().all():
         raise ValueError("the model computes no numbers (NaN); in fp16, try --precision fp32")
-    edited = [resize(e, image.shape[1:])[0] for e, image in zip(edited.float().cpu(), images)]
+    edited = [resize([e], image.shape[1:])[0] for e, image in zip(edited.float().cpu(), images)]
     return [from_pil(to_pil(image)) for image in edited]
 
-
 def round_trip(model, images, edited, forward, back, size, args, progress=True):
-    """The rows of figure 3: [(input, edit, the edit undone, where each instruction acts), ...]"""
+    """The rows of figure 3: [(input, edit, the edit undone, A_f, A_r, both instructions), ...]"""
     undone = edit(model, edited, back, size, args, progress)
-    before, after = to_batch(model, images, size), to_batch(model, edited, size)
+    before, after, last = [resize(step, size).to(model.device, model.dtype)
+                           for step in (images, edited, undone)]
     A_f = edit_region(model, before, after, forward)
-    A_r = edit_region(model, after, to_batch(model, undone, size), back)
-    return list(zip(images, edited, undone, A_f, A_r))
-
+    A_r = edit_region(model, after, last, back)
+    labels = [f"{f}; and back: {b}" for f, b in zip(forward, back)]
+    return list(zip(images, edited, undone, A_f, A_r, labels))
 
 def draw_cycle(model, images, forward, back, args=None, true=None):
     """Figure 3 of images (B, 3, H, W) and B instructions there and back.  args: the settings of
     the edits; None: what the model recommends, in at most 10 steps, and without a bar."""
     progress = args is not None
-    args = args or SimpleNamespace(**recommended(model), seed=0)
-    args.steps = args.steps if progress else min(args.steps, 10)
+    if args is None:
+        args = Namespace(**recommended(model), seed=0)
+        args.steps = min(args.steps, 10)
     size = edit_size(model, "an image", images.shape[2:], min(images.shape[2:]))
     images = list(images.cpu())
     edited = edit(model, images, forward, size, args, progress)
     rows = round_trip(model, images, edited, forward, back, size, args, progress)
-    return figure3(*zip(*rows), labels(forward, back), true)
-
-
-def labels(forward, back):
-    return [f"{f}; and back: {b}" for f, b in zip(forward, back)]
+    return figure3(*zip(*rows), true=true)
 
 
 # ---- the commands -----------------------------------------------------------------------------
@@ -200,26 +179,21 @@ def demo(model, args, settings):
     save_png(draw_cycle(model, images, forward, back, args, true), DEMO, settings)
     print(f"{DEMO}: {len(samples)} scenes that training never saw, edited and edited back")
 
-
-def edit_file(model, source, output, args, settings):
-    """Edits one image by all instructions in turn, and writes the outputs."""
+def edit_file(model, source, size, output, args, settings):
+    """Edits one image at `size` by all instructions in turn, and writes the outputs."""
     image, rows = load_image(source), []
-    size = edit_size(model, source, image.shape[1:], args.resolution)
     print(f"{source} at {size[1]}x{size[0]}")
-    for turn, instruction in enumerate(args.edit):
-        edited = edit(model, [image], [instruction], size, args)
+    for turn, text in enumerate(args.edit):
+        edited = edit(model, [image], [text], size, args)
         if args.reverse:
-            back = [args.reverse[turn]]
-            rows += round_trip(model, [image], edited, [instruction], back, size, args)
+            rows += round_trip(model, [image], edited, [text], [args.reverse[turn]], size, args)
         image = edited[0]
     output.parent.mkdir(exist_ok=True)
     save_png(image, output, settings)
     print(output)
     if args.reverse:
-        figure = figure3(*zip(*rows), labels(args.edit, args.reverse))
-        save_png(figure, cycle_file(output), settings)
+        save_png(figure3(*zip(*rows)), cycle_file(output), settings)
         print(cycle_file(output))
-
 
 def main(argv=None):
     p = parser()
@@ -238,10 +212,10 @@ def main(argv=None):
         warn_of_cut_texts(model, args.edit + args.reverse)
         if not files:
             demo(model, args, settings)
-        for source, size, _ in files:                             # all are known to fit before
-            edit_size(model, source, size, args.resolution)
-        for source, _, output in files:
-            edit_file(model, source, output, args, settings | {"edit": "\n".join(args.edit)})
+        files = [(source, edit_size(model, source, size, args.resolution), output)
+                 for source, size, output in files]               # an error if one is too long
+        for file in files:
+            edit_file(model, *file, args, settings | {"edit": "\n".join(args.edit)})
 
 
 if __name__ == "__main__":

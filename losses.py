@@ -24,11 +24,9 @@ def clip_direction_loss(E_input, E_edit, E_caption, E_edited_caption):
     in which its caption changes.  All E: (B, D)."""
     return (1 - cosine_similarity(E_edit - E_input, E_edited_caption - E_caption)).mean()
 
-
 def clip_similarity_loss(E_edit, E_edited_caption):
     """L_sim = 1 - cos(E_Iedit, E_Tedit): the edited image shows what the edited caption says."""
     return (1 - cosine_similarity(E_edit, E_edited_caption)).mean()
-
 
 def attention_loss(forward_maps, reverse_maps):
     """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.
@@ -44,12 +42,10 @@ def attention_loss(forward_maps, reverse_maps):
         loss = loss + rms(A_f - A_r).mean()
     return loss / len(forward_maps)
 
-
 def reconstruction_loss(images, reconstructed, E_input, E_recon):
     """L_recon = ||I_input - I_recon||_2 + 1 - cos(E_Iinput, E_Irecon): the reverse edit brings back
     the pixels and the meaning of the input."""
     return rms(images - reconstructed).mean() + (1 - cosine_similarity(E_input, E_recon)).mean()
-
 
 def cycle_losses(clip, images, captions, edited_captions, cycle, forward_words, reverse_words,
                  weights=WEIGHTS):
@@ -81,7 +77,6 @@ def rms(x):
     The paper does not say how its norms are scaled; so they do not depend on the resolution."""
     return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
 
-
 def content_words(tokenizer, ids):
     """Token ids (B, L) -> (B, L) of 0 and 1: 1 for a word with a meaning of its own, 0 for start,
     end, padding, stop words and punctuation."""
@@ -95,7 +90,6 @@ def content_words(tokenizer, ids):
                 mask[b, i] = 1
     return mask
 
-
 def reduce_map(probs, words):
     """A^(i), one map for each image, from the probabilities (B, heads, h, w, L) of layer i.
 
@@ -104,7 +98,6 @@ def reduce_map(probs, words):
     nothing, so only the content words count (words: (B, L) of 0 and 1); the heads are averaged."""
     counted = probs * words.to(probs)[:, None, None, None, :]                 # (B, heads, h, w, L)
     return counted.sum(dim=-1).mean(dim=1)                                    # (B, h, w)
-
 
 @torch.no_grad()
 def edit_region(model, images, edited, instructions, t=500):

@@ -97,9 +97,8 @@ def grid(rows, columns, labels=None):
     """Rows of images, the titles of their columns, a line of text under each row -> a picture."""
     def cell(image):                           # enlarged so that pixels stay visible, or reduced
         picture = to_pil(image)
-        factor = math.ceil(SMALLEST / max(picture.size))
-        picture = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
-        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+        picture = ImageOps.scale(picture, math.ceil(SMALLEST / max(picture.size)), Image.NEAREST)
+        picture.thumbnail((LARGEST, LARGEST), Image.LANCZOS)
         return picture
 
     # ---- sizes
@@ -110,20 +109,19 @@ def grid(rows, columns, labels=None):
         lefts.append(lefts[-1] + width + GAP)
     letters = int(lefts[-1] / (0.55 * TEXT))   # in a line
     texts = [textwrap.wrap(label, letters) for label in labels or [""] * len(rows)]
-    for row, lines in zip(cells, texts):
-        height = max(picture.height for picture in row) + len(lines) * (TEXT + 5)
-        tops.append(tops[-1] + height + GAP)
+    heights = [max(picture.height for picture in row) for row in cells]
+    for height, lines in zip(heights, texts):
+        tops.append(tops[-1] + height + len(lines) * (TEXT + 5) + GAP)
 
     # ---- drawing
     sheet = Image.new("RGB", (lefts[-1], tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
     for left, title in zip(lefts, columns):
         draw.text((left, GAP / 2), title, "black", FONT)
-    for row, lines, top in zip(cells, texts, tops):
+    for row, height, lines, top in zip(cells, heights, texts, tops):
         for left, picture in zip(lefts, row):
             sheet.paste(picture, (left, top))
-        bottom = top + max(picture.height for picture in row)
-        draw.text((GAP, bottom + 1), "\n".join(lines), GREY, FONT)
+        draw.text((GAP, top + height + 1), "\n".join(lines), GREY, FONT)
     return sheet
 
 def curves(columns, width=300, height=160, margin=70):

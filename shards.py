@@ -3,8 +3,7 @@
     "cc3m/{00000..00331}.tar"   shards of img2dataset: KEY.jpg, KEY.txt (the caption), KEY.json
     clip-filtered-dataset       InstructPix2Pix's tree: seeds.json, DIR/prompt.json, DIR/SEED_0.jpg
 
-A side file (--texts) has the texts that these lack, one JSON object a line, whose "key" is the KEY,
-the DIR, or the "key" of a line of a folder's metadata.jsonl.
+A side file (--texts) adds texts: a JSON object a line, whose "key" is KEY, DIR or a folder's "key".
 """
 import itertools
 import json
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import toy
 from cli import named_float
-from data import Folder, Source, ToyWorld, parse_json, read_edits, read_lines, shuffled
+from data import Folder, Source, ToyWorld, parse_json, read_edits, read_lines
 from pictures import load_image
 
 LARGEST = 2 ** 26                              # bytes that are read of a member of a shard
@@ -25,8 +24,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")        # of a shard; its other members m
 
 
 def open_source(path, split, resolution, seed=0, pairs=False, side={}):
-    """The source at `path`: "toy", tar files, InstructPix2Pix's tree or a folder.  side: a side
-    file, as `read_texts` gives it."""
+    """The source that is at `path`.  side: the texts of a side file, as `read_texts` gives them."""
     if path == "toy":
         return ToyWorld(split, 1_000_000 if split == "train" else 64, seed, pairs)
     if path.endswith(".tar"):
@@ -35,14 +33,14 @@ def open_source(path, split, resolution, seed=0, pairs=False, side={}):
         return InstructPix2Pix(path, split, resolution, seed, pairs, side)
     return Folder(path, resolution, seed, pairs, side)
 
-
 def open_data(args):
     """The training and the validation data that the arguments of train.py name."""
     if args.texts and args.data == ["toy"]:
         raise ValueError("--texts has no effect with --data toy")
-    if "toy" in args.data and args.resolution != toy.SIZE:
+    if any(s.split("=")[0] == "toy" for s in args.data) and args.resolution != toy.SIZE:
         raise ValueError(f"--data toy has images of --resolution {toy.SIZE}")
-    side, pairs = read_texts(args.texts) if args.texts else {}, args.objective == "ip2p"
+    side = read_texts(args.texts) if args.texts else {}
+    pairs = args.objective == "ip2p"
 
     def open_mix(sources, split):
         named = [named_float(source) if "=" in source else (source, 1.0) for source in sources]
@@ -52,7 +50,6 @@ def open_data(args):
     if not args.validation and any(isinstance(s, (Folder, Shards)) for s in validation.sources):
         print("validation on the training data, which has no split of its own: see --validation")
     return open_mix(args.data, "train"), validation
-
 
 def read_texts(path):
     """A side file -> {key: its edits}, all in memory, about 1 GB for a million lines."""
@@ -73,14 +70,11 @@ class Mix(Source):
         orders = [s.order(seed, drawn.count(i), share) for i, s in enumerate(self.sources)]
         while True:
             i, = rng.choices(places, self.weights)
-            epoch, item = next(orders[i])
-            yield i, epoch, item
+            yield i, *next(orders[i])
 
     def load(self, i, epoch, item):
         return self.sources[i].load(epoch, item)
 
-
-# ---- InstructPix2Pix's tree -------------------------------------------------------------------
 
 class InstructPix2Pix(Source):
     """InstructPix2Pix's data as it is on disk.  Each time a directory is drawn, so is one of its
@@ -97,14 +91,12 @@ class InstructPix2Pix(Source):
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{listing} is no JSON list of [directory, [seeds]]") from None
         if not items:
-            needs = "" if pairs else (" of which the side file (--texts) has the reverse "
-                                      "instruction, which the cycle needs")
+            needs = "" if pairs else " of which the side file (--texts) has a reverse instruction"
             raise ValueError(f"{listing} has no directory for {split}{needs}")
         super().__init__(items, resolution, seed, pairs)
 
     def open(self, rng, path, seeds, more):
-        row = parse_json((path / "prompt.json").read_bytes())
-        edits = read_edits(row, more, self.needed)
+        edits = read_edits(parse_json((path / "prompt.json").read_bytes()), more, self.needed)
         if not seeds:
             raise ValueError("seeds.json names no pair of it")
         seed = rng.choice(seeds)
@@ -123,7 +115,6 @@ def expand(pattern):
         patterns = [pattern.replace(braces[0], number) for number in numbers]
     return [path for p in patterns for path in sorted(glob(p)) or [p]]
 
-
 def key_and_kind(name):
     """The name of a member up to the first dot of its last part, and what follows that dot."""
     key = re.sub(r"\.[^/]*$", "", name)
@@ -131,10 +122,8 @@ def key_and_kind(name):
 
 
 class Shards(Source):
-    """Tar files: a path, a pattern or a range; with a side file, the samples that it names.
-
-    They are read from beginning to end and never extracted; names of members are keys, not paths.
-    Workers only decode what is read here, so that the order does not depend on their number."""
+    """Tar files; with a side file, the samples that it names.  They are read from beginning to end
+    and never extracted.  Workers only decode: the order does not depend on their number."""
     def __init__(self, pattern, resolution, seed=0, pairs=False, side={}):
         if pairs:
             raise ValueError(f"{pattern}: shards have no edited images, as the baseline needs")
@@ -147,34 +136,31 @@ class Shards(Source):
     def order(self, seed, first, share=slice(None)):
         """As of every source; of what lies before `first`, only headers are read."""
         for epoch in itertools.count():
-            order = shuffled(len(self.items), seed, epoch, share)
-            samples = self.samples([self.items[i] for i in order], first // BUFFER * BUFFER)
-            rng, empty = random.Random(f"{seed} {epoch}"), True
-            while block := list(itertools.islice(samples, BUFFER)):
+            samples = self.samples(self.shuffled(seed, epoch, share), first // BUFFER * BUFFER)
+            rng = random.Random(f"{seed} {epoch}")
+            block = None
+            for block in iter(lambda: list(itertools.islice(samples, BUFFER)), []):
                 rng.shuffle(block)
-                for item in block[first:]:
-                    yield epoch, item
-                first, empty = max(first - len(block), 0), False
-            if empty:
+                yield from ((epoch, item) for item in block[first:])
+                first = max(first - len(block), 0)
+            if block is None:
                 what = "image that the side file names" if self.side else "image"
                 raise ValueError(f"{self.pattern} has no {what}")
 
     def samples(self, shards, start):
-        """(name, {kind: bytes} or what is wrong, edits of the side file) of each sample; None for
-        the first `start`."""
+        """(name, {kind: bytes} or what is wrong, edits by the side file); {} before `start`."""
         count = itertools.count()
         for shard in shards:
             try:
                 with tarfile.open(shard, "r:") as tar:
                     for key, members in self.groups(tar):
-                        if next(count) < start:
-                            yield None
-                            continue
-                        kinds = members.keys() & {*IMAGES, "txt", "json"}
+                        wanted = {*IMAGES, "txt", "json"} if next(count) >= start else set()
+                        kinds = wanted & members.keys()
                         files = {k: tar.extractfile(members[k]).read(LARGEST) for k in kinds}
                         yield f"{shard} {key!r}", files, self.side.get(key, [{}])
             except Exception as error:         # on damaged archives, tarfile raises many kinds
-                yield None if next(count) < start else (shard, str(error), None)
+                next(count)
+                yield shard, str(error), None
 
     def groups(self, tar):
         """(key, {kind: member}) of each image of an open archive."""
@@ -205,12 +191,11 @@ def without_border(image, row):
     side = image.shape[1]
     if not known or width == height or side != image.shape[2]:
         return image
-    if width < height:
-        turned = {"original_width": height, "original_height": width}
-        return without_border(image.transpose(1, 2), turned).transpose(1, 2)
-    border = side * (1 - height / width) / 2                      # at the top and at the bottom
+    dim = 1 if width > height else 2
+    turned = image.transpose(1, dim)                   # the white is at the top and at the bottom
+    border = side * (1 - min(width, height) / max(width, height)) / 2
     rows = [*range(int(border / 2)), *range(side - int(border / 2), side)]
-    if border >= 2 and image[:, rows].mean() <= 0.8:              # it was cropped, not padded
+    if border >= 2 and turned[:, rows].mean() <= 0.8:  # it was cropped, not padded
         return image
     cut = min(int(border) + 2, (side - 1) // 2)
-    return image[:, cut:side - cut]
+    return turned[:, cut:side - cut].transpose(1, dim)

@@ -113,7 +113,6 @@ def compute_losses(model, clip, batch, args, generator, warming_up=False):
         losses["loss"] = losses["denoise"] + losses.get("cec", 0)
         return losses
 
-
 def round_trip_losses(model, clip, batch, args, generator):
     """The losses of the paper for a forward and a reverse edit, each a single noise prediction;
     their timesteps t and t_hat are drawn independently."""
@@ -127,7 +126,6 @@ def round_trip_losses(model, clip, batch, args, generator):
              for texts in (batch.instructions, batch.reverse_instructions)]
     return cycle_losses(clip, batch.images, batch.captions, batch.edited_captions, trip, *words,
                         args.weights)
-
 
 def denoising_loss(model, images, targets, texts, r, generator):
     """InstructPix2Pix's ||eps - e(z_t, t, E(c_I), c_T)||^2, with its conditioning dropout.
@@ -145,7 +143,6 @@ def denoising_loss(model, images, targets, texts, r, generator):
     t = torch.randint(TIMESTEPS, (len(z_0),), generator=generator).to(model.device)
     x = torch.cat([model.add_noise(z_0, noise, t), image], dim=1)             # (B, 8, h, w)
     return noise_error(model, model.unet(x, t, context), noise, t)
-
 
 def noise_error(model, eps, noise, t):
     """The mean of ||eps - noise||^2 for eps (B, 4, h, w) at t (B,), weighted by 1 / SNR, at most 5:
@@ -169,7 +166,6 @@ def prepare(model, clip, args):
     model.unet.checkpointing = model.vae.checkpointing = args.data != ["toy"]     # saves memory
     return [weight for weight in model.unet.parameters() if weight.requires_grad]
 
-
 def add_gradients(run, model, clip, loader, scaler, args):
     """Adds up the gradients of the next batches, each with random numbers of its own."""
     for part in range(args.accumulate):
@@ -183,7 +179,6 @@ def add_gradients(run, model, clip, loader, scaler, args):
             mean_of_processes([loss])
             run.losses.setdefault(name, []).append(loss.item())
 
-
 @torch.no_grad()
 def update_average(average, unet, step, steps=1):
     """The moving average of a UNet after `step` steps, `steps` of them since its last update.  Its
@@ -192,7 +187,6 @@ def update_average(average, unet, step, steps=1):
     for a, weight in zip(average.parameters(), unet.parameters()):
         if weight.requires_grad:
             a.lerp_(weight.to(a.device), 1 - decay)
-
 
 @torch.no_grad()
 def validate(model, clip, data, args):
@@ -203,7 +197,6 @@ def validate(model, clip, data, args):
         losses = compute_losses(model, clip, batch.to(args.device), args, generator)
         total += losses.get("cec", losses["loss"]).item() / 4
     return total
-
 
 def save(run, model, average, clip, data, shown, args):
     """Writes the average as `model`, and as `best` if its loss is the lowest; draws eight edits."""
@@ -219,7 +212,6 @@ def save(run, model, average, clip, data, shown, args):
     if score < run.best:
         average.save_pretrained(args.output / "best")
         run.best = score
-
 
 def train(args):
     # ---- data
@@ -272,7 +264,6 @@ def train(args):
         if args.rank == 0 and saves:
             save(run, model, average, clip, validation_data, shown, args)
             save_run(args.output, settings, parts, vars(run))
-
 
 def main(argv=None):
     processes = start_processes()                       # before anything else uses a GPU

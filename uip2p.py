@@ -1,7 +1,7 @@
 """UIP2P, the method: the noise schedule, the loop that edits, and the cycle that trains.
 
-Each function is one equation or one figure of the paper.  The networks are in unet.py and vae.py,
-the four losses in losses.py, the reading and writing of model files in checkpoint.py.
+Each function is one equation or one figure of the paper.  The losses are in losses.py, the networks
+in unet.py and vae.py; checkpoint.py reads and writes model files.
 
     model = EditModel.from_pretrained("models/toy")          # or "timbrooks/instruct-pix2pix"
     edited = model.edit(images, ["make the background pink"])
@@ -133,8 +133,7 @@ class EditModel:
              noise=None, generator=None, progress=False):
         """Images (B, 3, H, W) in [-1, 1] and B instructions -> edited images, same shape and range.
 
-        noise (B, 4, h, w): where the loop starts; None: drawn on the CPU from `generator`, so that
-        every device gives the same image.  ValueError if the numbers of both differ."""
+        noise (B, 4, h, w): the start; None: drawn on the CPU, for the same image on every device"""
         if len(images) != len(instructions):
             raise ValueError(f"{len(images)} images but {len(instructions)} instructions")
         image = self.vae.encode(images.to(self.device, self.dtype))           # (B, 4, h, w)
@@ -159,16 +158,14 @@ class Cycle:
 def one_step(model, z_t, t, image, context, maps):
     """The paper's edit: "a single noise prediction" eps, and the clean latents z_0 that it implies.
 
-    The paper does not say how this stays stable at large t.  Two choices of ours:
-    - z_0 is clamped to +-4, which is four standard deviations of the latents;
-    - dz_0 / d eps grows to sqrt(1 - abar) / sqrt(abar) = 14.6; we scale it so that it is at most 1.
-    All latents are (B, 4, h, w); differentiable."""
+    The paper does not say how this stays stable at large t.  Here z_0 is clamped to +-4, which is
+    four standard deviations; and dz_0 / d eps = sqrt(1 - abar) / sqrt(abar), up to 14.6, is scaled
+    to be at most 1.  All latents are (B, 4, h, w)."""
     eps = model.unet(torch.cat([z_t, image], dim=1), t, context, maps)
     z_0 = model.predict_z0(z_t, eps, t).clamp(-4, 4)
     abar = model.alphas_cumprod[t][:, None, None, None]                       # (B, 1, 1, 1)
     scale = (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0)
     return torch.lerp(z_0.detach(), z_0, scale)  # the value of z_0, its gradient times `scale`
-
 
 def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, sharp=0):
     """The paper's round trip: (I_input, C_f) -> I_edit, then (I_edit, C_r) -> I_recon.

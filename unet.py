@@ -27,18 +27,16 @@ def inflate_conv_in(config, state):
     """4 to 8 channels: a text-to-image UNet becomes InstructPix2Pix's, which also sees an image.
 
     The new input weights start at zero; the rest is copied, the bias too (its section 3.2).
-    config: unet/config.json; state: the state dict.  A UNet of 8 channels stays as it is.
-    ValueError for other numbers, such as the 9 of an inpainting model."""
+    config: unet/config.json; state: the state dict.  A UNet of 8 channels stays as it is."""
     latents, channels = config.get("out_channels", 4), config.get("in_channels", 4)
     if channels not in (latents, 2 * latents):
-        raise ValueError(f"a UNet of {channels} input channels is no editor, which has "
-                         f"{2 * latents}, and no text-to-image model, which has {latents}")
+        raise ValueError(f"a UNet of {channels} input channels: only {latents} (text-to-image) and "
+                         f"{2 * latents} (an editor) are supported")
     if channels == latents:
         weight = state["conv_in.weight"]                                      # (C, 4, 3, 3)
         weight = torch.cat([weight, torch.zeros_like(weight)], dim=1)         # (C, 8, 3, 3)
         config, state = config | {"in_channels": 2 * latents}, state | {"conv_in.weight": weight}
     return config, state
-
 
 def check_size(what, x, multiple):
     """ValueError unless height and width of x (B, C, H, W) are multiples of a number."""
@@ -140,14 +138,12 @@ class UNet(nn.Module):
         self.config = c = {**SD15, **config}
         self.checkpointing = False
         channels, layers = c["block_out_channels"], c["layers_per_block"]
-        groups = c["norm_num_groups"]
-        levels, time_dim, heads = len(channels), 4 * channels[0], c["attention_head_dim"]
-        if isinstance(heads, int):
-            heads = [heads] * levels
+        levels, time_dim = len(channels), 4 * channels[0]
+        groups, heads = c["norm_num_groups"], c["attention_head_dim"]
 
         def transformer(level):
-            width = channels[level]
-            return SpatialTransformer(width, c["cross_attention_dim"], heads[level], groups)
+            h = heads if isinstance(heads, int) else heads[level]
+            return SpatialTransformer(channels[level], c["cross_attention_dim"], h, groups)
 
         def make_block(level, widths_in, kind):
             block, width = Block(), channels[level]

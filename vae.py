@@ -38,12 +38,10 @@ def make_block(widths, groups):
         block.resnets.append(ResnetBlock(width_in, width_out, None, groups, EPS))
     return block
 
-
 def make_mid_block(width, groups):
     block = make_block([width] * 3, groups)
     block.attentions.append(PixelAttention(width, groups))
     return block
-
 
 def run(block, x):
     """All layers of a block, in order: (B, C, h, w) -> (B, C', h', w')."""

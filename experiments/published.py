@@ -31,11 +31,12 @@ from transformers import ViTModel
 
 import edit
 from checkpoint import about
-from cli import (DTYPES, Parser, default_device, device, errors, keep_settings, non_negative_float, number,
+from cli import (DTYPES, Parser, default_device, device, errors, non_negative_float, number,
                  positive_int, replace_file, seed_int)
 from data import TEXTS, parse_json, read_edits
 from losses import ClipScorer
 from pictures import FONT, GREY, TEXT, grid, load_image, save_png
+from prepare.pairs import keep_settings
 from shards import InstructPix2Pix
 from uip2p import EditModel
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import toy
 from attention import Attention
-from cli import (Parser, default_device, device, errors, keep_settings, non_negative_float, number, positive_int,
+from cli import (Parser, default_device, device, errors, non_negative_float, number, positive_int,
                  replace_file, seed_int)
 from data import read_edits, read_lines
 from experiments.truth import edit_mask
@@ -144,6 +144,21 @@ def similarities(scorer, images, edited_images, captions, edited_captions):
 
 
 # ---- the files of pairs --------------------------------------------------------------------------------------------
+
+def keep_settings(folder, settings, results):
+    """Writes a folder's settings.json.  ValueError if there are `results` in it, a glob pattern,
+    that were made with other settings."""
+    file = folder / "settings.json"
+    old = settings
+    if file.is_file() and any(folder.glob(results)):
+        old = json.loads(file.read_text())
+    changed = [name for name in settings if old.get(name) != settings[name]]
+    if changed:
+        raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose "
+                         "another --output, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=1)))
+
 
 def read_input(args):
     """The edits that are asked for: dicts of caption, instruction, edited_caption."""

@@ -7,10 +7,9 @@ import torch
 
 import toy
 from attention import Attention
-from cli import keep_settings
 from experiments.truth import edit_mask
 from prepare import pairs
-from prepare.pairs import alignment, change_outside, controlled, fit, placed, prompt_to_prompt, share
+from prepare.pairs import alignment, change_outside, controlled, fit, keep_settings, placed, prompt_to_prompt, share
 from shards import InstructPix2Pix
 from uip2p import EditModel
 

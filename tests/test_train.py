@@ -341,9 +341,9 @@ def test_checkpointing_is_for_real_data_and_trains_the_same(clip):
 def test_half_precision_trains_and_resumes(tmp_path, plain):
     """fp16, with the scaler of the loss, whose state a run that goes on gets back."""
     flags = ["--precision", "fp16", "--sharp", 0, "--batch-size", 1]
-    for path, last in ((tmp_path / "whole", (2,)), (tmp_path / "stopped", (1, 2))):
-        for steps in last:
-            run(path, steps, *flags, "--save-every", 1)
+    run(tmp_path / "whole", 3, *flags)
+    for steps in (1, 3):                                      # the first step may be left out, see below
+        run(tmp_path / "stopped", steps, *flags)
     parts, start = state(tmp_path / "whole")["parts"], EditModel.from_pretrained(TOY / "baseline").unet.state_dict()
     assert same(state(tmp_path / "whole"), state(tmp_path / "stopped"))
     for name, weight in parts["unet"].items():
