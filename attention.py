@@ -95,7 +95,7 @@ class SpatialTransformer(nn.Module):
 
     x (B, C, h, w), context (B, L, context_dim) -> x (B, C, h, w) and, with `capture`, the
     cross-attention's probabilities (B, heads, h, w, L), otherwise None.  They are returned and not
-    stored, so that the layer is a pure function and gradient checkpointing can compute it again."""
+    stored, because gradient checkpointing computes the layer twice."""
 
     def __init__(self, channels, context_dim, heads, groups):
         super().__init__()

@@ -66,6 +66,8 @@ non_negative_float = number(float, 0)
 def named_float(text):
     """The type of NAME=VALUE, a pair of a name and a float of at least 0."""
     name, _, value = text.rpartition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return name, non_negative_float(value)
 
 def device(text):

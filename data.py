@@ -1,6 +1,6 @@
 """Training samples (table 1 of the paper): a batch, the toy world, a folder; more in shards.py.
 
-A folder holds images and metadata.jsonl, one image a line; NAMES has other names of the fields:
+A folder holds images and metadata.jsonl, a JSON object a line; NAMES has other names of the fields:
 
     {"image": "boat.jpg", "caption": "a boat on a lake", "instruction": "add mountains",
      "edited_caption": "a boat on a lake with mountains", "reverse_instruction": "remove them"}
@@ -58,7 +58,7 @@ def parse_json(text):
     return row
 
 def fields(row):
-    """The texts of a JSON object that have one of NAMES; of several, the last."""
+    """The texts of a JSON object that have one of NAMES; if there are several, the last."""
     found = {name: row[alias] for name, aliases in NAMES.items() for alias in aliases
              if isinstance(row.get(alias), str) and row[alias].strip()}
     if any(len(text.encode()) > LONGEST for text in found.values()):

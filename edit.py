@@ -74,7 +74,7 @@ def check_files(args):
     else:
         inputs, outputs = [source], [target]
         if target.suffix.lower() != ".png":
-            raise ValueError(f"--output {target}: give the name of a .png file, which has no loss")
+            raise ValueError(f"--output {target}: give the name of a .png file")
     check_writable(target if target.is_dir() else target.parent)
 
     written = outputs + [cycle_file(output) for output in outputs if args.reverse]
@@ -116,7 +116,7 @@ def recommended(model):
 
 def edit_size(model, name, size, resolution):
     """The size (H, W) of an image during the edit: the shorter side about `resolution`, both
-    sides multiples of what the model halves, which is 64 in Stable Diffusion."""
+    sides multiples of how much the model reduces them, which is 64 in Stable Diffusion."""
     multiple = model.vae.factor * 2 ** (len(model.unet.down_blocks) - 1)
     factor = resolution / min(size) / multiple
     height, width = [multiple * max(1, round(side * factor)) for side in size]
@@ -132,7 +132,7 @@ def resize(images, size):
 
 def edit(model, images, instructions, size, args, progress=True):
     """Edits each image (3, H, W) at `size` and gives it back at its own size, rounded to the 256
-    steps of a file.  Each starts from the noise that it would have alone."""
+    steps of a file.  All of them start from the same noise."""
     latent = [model.vae.config["latent_channels"], *(side // model.vae.factor for side in size)]
     noise = torch.randn(1, *latent, generator=torch.Generator().manual_seed(args.seed))
     noise = noise.expand(len(images), -1, -1, -1)

@@ -12,7 +12,7 @@ import checkpoint
 
 WEIGHTS = {"clip": 1.0, "attn": 0.5, "sim": 1.0, "recon": 1.0}                # the paper's
 
-# Words that do not say where an instruction acts.
+# Words that name nothing.  Verbs are no stop words here.
 STOP_WORDS = set("a an the this that it its his her their and or of to in on at by for from with "
                  "into as is are be".split())
 
@@ -65,7 +65,7 @@ def cycle_losses(clip, images, captions, edited_captions, cycle, forward_words, 
         "attn": attention_loss(A_f, A_r),
         "recon": reconstruction_loss(images, cycle.reconstructed, E_input, E_recon),
     }
-    losses["cec"] = sum(weights[name] * losses[name] for name in weights)
+    losses["cec"] = sum(weights[name] * loss for name, loss in losses.items())
     return losses
 
 
@@ -74,7 +74,7 @@ def cycle_losses(clip, images, captions, edited_captions, cycle, forward_words, 
 def rms(x):
     """||x||_2 of each sample, divided by the root of its size: (B, ...) -> (B,).
 
-    The paper does not say how its norms are scaled; so they do not depend on the resolution."""
+    The paper does not say how its norms are scaled; like this, all resolutions are comparable."""
     return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
 
 def content_words(tokenizer, ids):
@@ -83,7 +83,7 @@ def content_words(tokenizer, ids):
     mask = torch.zeros(ids.shape)
     for b, row in enumerate(ids.tolist()):
         for i, token in enumerate(tokenizer.convert_ids_to_tokens(row)):
-            word = token.removesuffix("</w>")         # without "</w>" it is only a part of a word
+            word = token.removesuffix("</w>")         # "</w>" marks the end of a word
             is_stop_word = token != word and word in STOP_WORDS
             is_word = row[i] not in tokenizer.all_special_ids and any(map(str.isalnum, word))
             if is_word and not is_stop_word:
@@ -91,7 +91,8 @@ def content_words(tokenizer, ids):
     return mask
 
 def reduce_map(probs, words):
-    """A^(i), one map for each image, from the probabilities (B, heads, h, w, L) of layer i.
+    """A^(i), one map for each image, from the probabilities (B, heads, h, w, L) of layer i.  All
+    cross-attention layers of the UNet are used.
 
     The two instructions have different tokens, so the tokens are summed before the maps are
     compared.  The paper does not say how.  A sum over all tokens is 1 at every pixel and says
@@ -101,8 +102,8 @@ def reduce_map(probs, words):
 
 @torch.no_grad()
 def edit_region(model, images, edited, instructions, t=500):
-    """Where an instruction acts, for pictures: A^(i) at one t, resized, averaged over the layers,
-    and stretched to [0, 1] for each image.  images, edited (B, 3, H, W) -> (B, H, W)."""
+    """Where an instruction acts, for pictures: the maps A^(i) of one noise prediction are resized,
+    averaged over all layers, and stretched to [0, 1].  images, edited (B, 3, H, W) -> (B, H, W)."""
     z_0 = model.encode(edited)                                                # (B, 4, h, w)
     noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(z_0)
     t = torch.full((len(z_0),), t, device=z_0.device)

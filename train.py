@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 4 train.py ...                 # four GPUs: four times the batch
 
 The same command continues a run that was stopped.  The folder of a run gets log.csv, curves.png,
-pictures, and the moving average of the weights: `model`, and `best`, with the lowest loss.
+pictures, and two models: `model`, and `best`, with the lowest validation loss.  Both are the
+moving average of the weights.
 """
 import copy
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -38,14 +39,15 @@ SETTINGS = {
     "steps":      (11_000, 11_000, 800,               2000),    # of the optimizer
     "batch_size": (768,    8,      16,                64),      # images in a step
     "lr":         (5e-5,   5e-5,   1e-4,              1e-3),    # of AdamW, after LR_WARMUP steps
-    "resolution": (None,   256,    32,                32),      # silent; InstructPix2Pix has 256
+    "resolution": (None,   256,    32,                32),      # InstructPix2Pix has 256
     "t_min":      (0,      0,      400,               None),    # the smallest t of a forward edit
     "sharp":      (0,      0,      5,                 None),    # see uip2p.cycle
 }
-LR_WARMUP, WEIGHT_DECAY, MAX_NORM = 100, 0.01, 1.0      # silent; MAX_NORM is of the gradient
+# The paper does not say these.
+LR_WARMUP, WEIGHT_DECAY, MAX_NORM = 100, 0.01, 1.0      # MAX_NORM is the gradient's
 DECAY, AVERAGE_EVERY = 0.9999, 10              # of the moving average, updated every 10 steps
 LOG_EVERY = 50                                 # steps
-MAY_CHANGE = ("steps", "output", "save_every", "rank")      # when a run goes on
+MAY_CHANGE = ("steps", "output", "save_every", "rank")      # when a stopped run continues
 
 
 def parse(argv):
@@ -58,7 +60,7 @@ def parse(argv):
 
     add("--data", "toy, a folder, 'DIR/*.tar'; A=3 B mixes A and B, 3 to 1", ["toy"], nargs="+")
     add("--texts", "a JSONL file with the texts that --data lacks")
-    add("--validation", "like --data; none: its own split, otherwise the training data")
+    add("--validation", "like --data; if not given: its own split, or the training data")
     add("--output", "the folder of the run", Path("runs/cycle"), type=Path)
     add("--objective", "the paper's, or the supervised one", "cycle", choices=("cycle", "ip2p"))
     add("--model", "directory or hub id of the start")
@@ -73,7 +75,7 @@ def parse(argv):
     add("--resolution", "images are cropped to this square", type=positive_int)
     add("--lr", "learning rate of AdamW", type=non_negative_float)
     add("--device", "cpu, cuda, mps", default_device(), type=device)
-    add("--precision", "none: bf16 if the GPU has it, otherwise fp16; CPU: fp32", choices=DTYPES)
+    add("--precision", "if not given: CPU fp32, GPU bf16 or, without it, fp16", choices=DTYPES)
     add("--seed", "of everything", 0, type=seed_int)
     add("--save-every", "steps between checkpoints and pictures", 500, type=positive_int)
     args = p.parse_args(argv)
@@ -105,9 +107,9 @@ def compute_losses(model, clip, batch, args, generator, warming_up=False):
             return {"loss": denoising_loss(model, images, batch.edited_images, batch.instructions,
                                            r, generator)}
         losses = {} if warming_up else round_trip_losses(model, clip, batch, args, generator)
-        # Guidance also needs e(z, I, 0) and e(z, 0, 0), which the cycle never visits; the paper
-        # does not say how they stay usable.  Here the input itself is denoised, given the image,
-        # nothing, or the caption: a third of the samples each.
+        # Guidance also needs e(z, I, 0) and e(z, 0, 0), which the cycle never trains; the paper
+        # does not say how they stay usable.  Here the input itself is denoised.  With 0.15 * r,
+        # a third of the samples each have only the image, nothing, or only the caption.
         losses["denoise"] = denoising_loss(model, images, images, batch.captions, 0.15 * r,
                                            generator)
         losses["loss"] = losses["denoise"] + losses.get("cec", 0)
@@ -145,8 +147,8 @@ def denoising_loss(model, images, targets, texts, r, generator):
     return noise_error(model, model.unet(x, t, context), noise, t)
 
 def noise_error(model, eps, noise, t):
-    """The mean of ||eps - noise||^2 for eps (B, 4, h, w) at t (B,), weighted by 1 / SNR, at most 5:
-    with that weight it is the error of z_0.  InstructPix2Pix weighs all t alike."""
+    """The mean of ||eps - noise||^2 for eps (B, 4, h, w) at t (B,).  It is weighted by
+    (1 - abar) / abar, at most 5, which makes it the error of z_0; InstructPix2Pix's is not."""
     abar = model.alphas_cumprod[t]                                            # (B,)
     error = (eps.float() - noise.float()).square().mean((1, 2, 3))            # (B,)
     return (error * ((1 - abar) / abar).clamp(max=5)).mean()
@@ -155,7 +157,7 @@ def noise_error(model, eps, noise, t):
 # ---- the run ----------------------------------------------------------------------------------
 
 def prepare(model, clip, args):
-    """Sets what trains, in float32, and what is frozen, in args.precision -> what trains."""
+    """What trains stays in float32; what is frozen gets args.precision.  Returns what trains."""
     for name, weight in model.unet.train().named_parameters():
         in_part = ".attn2." in name or name.startswith("conv_in.")
         weight.requires_grad_(args.train == "all" or in_part)
@@ -220,10 +222,10 @@ def train(args):
 
     # ---- model
     model = EditModel.from_pretrained(args.model, args.device)
-    average = EditModel.from_pretrained(args.model)     # of the weights; what will be saved
+    average = EditModel.from_pretrained(args.model)     # of the weights, to be saved
     clip = ClipScorer.from_pretrained(args.clip, args.device) if args.clip else None
-    weights = prepare(model, clip, args)
-    optimizer = torch.optim.AdamW(weights, args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    trained = prepare(model, clip, args)
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
 
     # ---- resume
@@ -232,7 +234,7 @@ def train(args):
     parts = {"unet": model.unet, "average": average.unet, "optimizer": optimizer, "scaler": scaler}
     run = Namespace(step=0, averaged=0, rows=[], losses={}, best=float("inf"))
     vars(run).update(load_run(args.output, settings, parts))
-    print(f"{sum(w.numel() for w in weights):,} parameters train, from step {run.step}; "
+    print(f"{sum(w.numel() for w in trained):,} parameters train, from step {run.step}; "
           + ", ".join(f"{name} {value}" for name, value in vars(args).items()))
     loader = batches(train_data, args.batch_size, args.seed, first=run.step * args.accumulate,
                      workers=4 if args.device.startswith("cuda") else 0,
@@ -242,12 +244,12 @@ def train(args):
     bar = tqdm(total=args.steps, initial=run.step, desc="train", disable=args.rank > 0)
     while run.step < args.steps:
         add_gradients(run, model, clip, loader, scaler, args)
-        mean_of_processes(weight.grad for weight in weights)
+        mean_of_processes(weight.grad for weight in trained)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((run.step + 1) / LR_WARMUP, 1)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
-        if not norm.isfinite() and scaler.get_scale() <= 1:       # in fp16, the scale falls first
+        norm = torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
+        if not norm.isfinite() and scaler.get_scale() <= 1:       # fp16 first lowers its scale
             raise ValueError(f"no finite gradient at step {run.step + 1}: choose a smaller --lr")
         scaler.step(optimizer)
         scaler.update()

@@ -4,7 +4,7 @@ Each function is one equation or one figure of the paper.  The losses are in los
 in unet.py and vae.py; checkpoint.py reads and writes model files.
 
     model = EditModel.from_pretrained("models/toy")          # or "timbrooks/instruct-pix2pix"
-    edited = model.edit(images, ["make the background pink"])
+    edited = model.edit(images, ["make the background pink"], **model.guidance)
 
 Shapes: B images of H x W pixels; h = H / 8 and w = W / 8; L tokens of D numbers each.
 """
@@ -30,9 +30,10 @@ class EditModel:
 
     @classmethod
     def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32):
-        """A model in the layout of SD 1.5 and InstructPix2Pix: a directory, or an id of the hub; or
-        the directory of a UNet inside of a model, which is that model with that UNet.  ValueError,
-        in one line, for all that is not a complete model."""
+        """A model in the layout of SD 1.5 and InstructPix2Pix: a directory or an id of the hub.
+
+        A UNet's folder inside of a model, such as models/toy/baseline, is that model with this
+        UNet.  ValueError, in one line, if a file is missing or damaged."""
         return cls(*checkpoint.load(path_or_id, device, dtype))
 
     def save_pretrained(self, path):
@@ -94,9 +95,8 @@ class EditModel:
         e = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0))
 
         I is the image, T the text; 0 stands for none: latents of zeros, an empty text."""
-        no_image = torch.zeros_like(image)                                    # (B, 4, h, w)
-        images = torch.cat([image, image, no_image])                          # (3B, 4, h, w)
-        x = torch.cat([z_t.repeat(3, 1, 1, 1), images], dim=1)                # (3B, 8, h, w)
+        image = torch.cat([image, image, torch.zeros_like(image)])            # (3B, 4, h, w)
+        x = torch.cat([z_t.repeat(3, 1, 1, 1), image], dim=1)                 # (3B, 8, h, w)
         context = torch.cat([text, no_text, no_text])                         # (3B, L, D)
         e_image_text, e_image, e_none = self.unet(x, t.repeat(3), context).chunk(3)
         return e_none + s_I * (e_image - e_none) + s_T * (e_image_text - e_image)
@@ -109,7 +109,7 @@ class EditModel:
         return [i * (TIMESTEPS // steps) + offset for i in reversed(range(steps))]
 
     def ddim_step(self, z_t, eps, t, stride):
-        """DDIM with eta = 0: estimate z_0, then add the same noise again, but less of it."""
+        """DDIM with eta = 0: estimate z_0, then add the predicted noise again, but less of it."""
         z_0 = self.predict_z0(z_t, eps, t)
         return self.add_noise(z_0, eps, (t - stride).clamp(min=0))            # z_(t - stride)
 
@@ -164,16 +164,17 @@ def one_step(model, z_t, t, image, context, maps):
     eps = model.unet(torch.cat([z_t, image], dim=1), t, context, maps)
     z_0 = model.predict_z0(z_t, eps, t).clamp(-4, 4)
     abar = model.alphas_cumprod[t][:, None, None, None]                       # (B, 1, 1, 1)
-    scale = (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0)
-    return torch.lerp(z_0.detach(), z_0, scale)  # the value of z_0, its gradient times `scale`
+    factor = (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0)
+    return torch.lerp(z_0.detach(), z_0, factor)     # the value is z_0, the gradient times factor
 
 def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, sharp=0):
     """The paper's round trip: (I_input, C_f) -> I_edit, then (I_edit, C_r) -> I_recon.
 
     images: (B, 3, H, W) in [-1, 1]; instructions, reverse_instructions: lists of B strings
     t, t_hat: (B,), timesteps of the two edits, drawn independently; noise: (2, B, 4, h, w)
-    sharp: 0, or the number of steps of a sampled edit, whose value replaces that of the one-step
-        estimate; the gradient stays that of the estimate (straight-through, arXiv 2606.03911)"""
+    sharp: 0 for the one-step estimate; N: the value is that of an edit sampled in N steps, the
+        gradient is still that of the estimate (straight-through, arXiv 2606.03911)
+    The lists of maps A_f and A_r are filled by `one_step`."""
     scale, A_f, A_r = model.vae.scaling_factor, [], []
     with torch.no_grad():
         z_input = model.encode(images)                                        # (B, 4, h, w)

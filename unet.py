@@ -156,7 +156,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(c["in_channels"], channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], time_dim)
 
-        # down; `skips` are the widths of what the way down leaves for the way up
+        # down; `skips` are the channels of the skip connections
         width, skips = channels[0], [channels[0]]
         self.down_blocks = nn.ModuleList()
         for level, kind in enumerate(c["down_block_types"]):
@@ -168,11 +168,11 @@ class UNet(nn.Module):
                 skips.append(width)
             self.down_blocks.append(block)
 
-        # middle
-        self.mid_block = make_block(-1, [width, width], "without attention")
+        # middle: one attention, between two residual blocks
+        self.mid_block = make_block(-1, [width, width], "MidBlock")
         self.mid_block.attentions.append(transformer(-1))
 
-        # up; each residual block also sees what the way down has left
+        # up; each residual block also sees a skip connection
         self.up_blocks = nn.ModuleList()
         for level, kind in zip(reversed(range(levels)), c["up_block_types"]):
             widths_in = [width] + [channels[level]] * layers
