@@ -128,7 +128,6 @@ class EditModel:
             z_t = self.ddim_step(z_t, eps, t, stride=TIMESTEPS // steps)
         return z_t
 
-    @torch.no_grad()
     def edit(self, images, instructions, steps=50, text_guidance=7.5, image_guidance=1.5,
              noise=None, generator=None, progress=False):
         """Images (B, 3, H, W) in [-1, 1] and B instructions -> edited images, same shape and range.
@@ -136,12 +135,14 @@ class EditModel:
         noise (B, 4, h, w): the start; None: drawn on the CPU, for the same image on every device"""
         if len(images) != len(instructions):
             raise ValueError(f"{len(images)} images but {len(instructions)} instructions")
-        image = self.vae.encode(images.to(self.device, self.dtype))           # (B, 4, h, w)
-        if noise is None:
-            noise = torch.randn(image.shape, generator=generator)
-        z_0 = self.sample(image, instructions, noise.to(image), steps, text_guidance,
-                          image_guidance, progress)
-        return self.decode(z_0).clamp(-1, 1)
+        with torch.inference_mode():                                          # faster than no_grad
+            image = self.vae.encode(images.to(self.device, self.dtype))       # (B, 4, h, w)
+            if noise is None:
+                noise = torch.randn(image.shape, generator=generator)
+            z_0 = self.sample(image, instructions, noise.to(image), steps, text_guidance,
+                              image_guidance, progress)
+            edited = self.decode(z_0).clamp(-1, 1)
+        return edited.clone()                            # which may take part in a gradient again
 
 
 # ---- the cycle --------------------------------------------------------------------------------
