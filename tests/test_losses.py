@@ -322,10 +322,12 @@ def test_the_reconstructions_gradient_flows_through_both_edits(trained, scorer, 
         assert all(p.grad is None for p in part.parameters())
 
 
-def test_a_sharp_edit_has_the_value_of_the_sampled_one_and_the_gradient_of_the_estimate(trained, expected):
+def test_a_sharp_edit_has_the_value_of_the_sampled_one_and_the_gradient_of_the_estimate(
+        trained, expected, monkeypatch):
+    monkeypatch.setattr(trained, "defaults", {"text_guidance": 3, "image_guidance": 1.1})    # its own guidance
     images, decoded, gradients = expected["vae.images"], [], []
     noise = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))[0]
-    sampled = trained.edit(images, FORWARD, steps=2, noise=noise, **trained.guidance)
+    sampled = trained.edit(images, FORWARD, steps=2, noise=noise, text_guidance=3, image_guidance=1.1)
     sharp = round_trip(trained, images, sharp=2).edited
     torch.testing.assert_close(sharp.clamp(-1, 1), sampled, atol=1e-4, rtol=1e-4)
 

@@ -472,7 +472,15 @@ def test_edit_depends_on_the_seed_and_on_nothing_else(golden, expected):
         torch.rand(3)                                         # the global generator has no part in it
         return golden.edit(expected["edit.image"], ["x"], steps=2, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(edit(1), edit(1)) and not torch.equal(edit(1), edit(2))
-    assert edit(1).abs().max() <= 1
+    assert edit(1).abs().max() <= 1 and not edit(1).is_inference()           # it may take part in a gradient
+
+
+def test_the_guidance_is_what_the_model_recommends(golden, monkeypatch):
+    assert golden.guidance == {"text_guidance": 7.5, "image_guidance": 1.5}
+    for defaults in ({"text_guidance": 3}, {"image_guidance": 1}, {"steps": 7}):
+        monkeypatch.setattr(golden, "defaults", defaults)
+        assert golden.guidance == {name: defaults.get(name, usual) for name, usual in
+                                   {"text_guidance": 7.5, "image_guidance": 1.5}.items()}
 
 
 @pytest.mark.parametrize("steps, first, last", [(50, 981, 1), (10, 901, 1), (3, 667, 1), (1, 1, 1), (999, 999, 1)])
