@@ -266,7 +266,7 @@ def load_run(folder, settings, parts):
     if not file.exists():
         return {}
     with about(f"{file} is damaged; remove it to start again"):
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     for name, value in settings.items():
         old = state["settings"].get(name)
         if old != value:
