@@ -66,8 +66,8 @@ def fields(row):
     return found
 
 def read_edits(row, more, needed):
-    """The edits of a JSON object: its own fields, with those of each of its "edits", and with those
-    of each of `more`, from another file.  ValueError if they lack one of `needed`."""
+    """The edits of a JSON object, dicts of texts: its own fields, joined with those of each of its
+    "edits" and of each of `more` (from a side file).  ValueError if one of `needed` is missing."""
     edits = row.get("edits") or [{}]
     if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
         raise ValueError("its edits are no list of JSON objects")
@@ -100,14 +100,19 @@ def read_lines(path, read):
 
 class Source(torch.utils.data.Dataset):
     """Samples for the cycle, or with `pairs` for the supervised baseline.
-    items: where they are, tuples of a name and more.  A subclass has open(rng, *item) -> an edit of
-    the item and its images, (3, H, W) in [-1, 1] each; ValueError or OSError if it is broken."""
+
+    items: a list of tuples, a name and what else `open` needs to find a sample."""
     def __init__(self, items, resolution, seed, pairs):
         self.items, self.resolution, self.seed, self.pairs = items, resolution, seed, pairs
         self.needed = ("instruction",) if pairs else TEXTS
 
+    def open(self, rng, *item):
+        """One edit of an item, a dict of texts, and its images, (3, H, W) in [-1, 1] each.
+        ValueError or OSError if the item is broken."""
+        raise NotImplementedError
+
     def shuffled(self, seed, epoch, share):
-        """A share, a slice, of the items, in an order that is a function of (seed, epoch)."""
+        """The items that `share`, a slice, selects, in an order that depends on seed and epoch."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
         n = len(self.items)
         order = torch.randperm(n, generator=generator).tolist()[share]
@@ -116,7 +121,8 @@ class Source(torch.utils.data.Dataset):
         return [self.items[i] for i in order]
 
     def order(self, seed, first, share=slice(None)):
-        """Endless (epoch, item), from position `first` of a share, a slice, of the items on."""
+        """Endless (epoch, item), from position `first` on.  share: a slice, which selects the
+        items of one of several processes."""
         epoch, first = divmod(first, len(self.shuffled(seed, 0, share)))
         for epoch in itertools.count(epoch):
             yield from ((epoch, item) for item in self.shuffled(seed, epoch, share)[first:])
@@ -140,7 +146,8 @@ class Source(torch.utils.data.Dataset):
         return images, texts
 
     def __getitems__(self, references):
-        """Some of `order` -> a Batch or None, errors; good samples stand in for broken ones."""
+        """Some (epoch, item) -> their Batch, and what is wrong with broken ones, in whose places
+        good ones are repeated.  Without a good one, the Batch is None."""
         samples, errors = [], []
         for reference in references:
             try:
@@ -190,7 +197,7 @@ def batches(source, batch_size, seed, first=0, workers=0, share=slice(None)):
     share: a slice, of the samples or shards, for one of several processes.  Broken samples are
     reported and skipped; more than 1 % of them, if more than ten, are a ValueError."""
     order = source.order(seed, first * batch_size, share)
-    references = iter(lambda: list(itertools.islice(order, batch_size)), [])
+    references = iter(lambda: list(itertools.islice(order, batch_size)), [])      # batch by batch
     loader = torch.utils.data.DataLoader(source, batch_sampler=references, collate_fn=tuple,
                                          num_workers=workers)
     seen = broken = owed = 0
@@ -201,6 +208,6 @@ def batches(source, batch_size, seed, first=0, workers=0, share=slice(None)):
         if broken > max(10, seen / 100):
             raise ValueError(f"{broken} of {seen} samples are broken; the last is {errors[-1]}")
         owed += 1
-        if batch:                              # also in the place of those that were all broken
+        if batch:                              # it replaces batches before it without good samples
             yield from [batch] * owed
             owed = 0
