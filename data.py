@@ -28,7 +28,7 @@ NAMES = {"key": ("key",), "image": ("I_input", "file_name", "image"),
          "instruction": ("C_f", "edit_prompt", "edit", "instruction"),
          "edited_caption": ("T_edit", "edited_prompt", "output", "edited_caption")}
 TEXTS = ("caption", "instruction", "edited_caption", "reverse_instruction")
-LONGEST = 10_000                               # bytes of a text
+LONGEST_TEXT = 10_000                          # bytes of a text
 
 
 @dataclass
@@ -61,8 +61,8 @@ def fields(row):
     """The texts of a JSON object that have one of NAMES; if there are several, the last."""
     found = {name: row[alias] for name, aliases in NAMES.items() for alias in aliases
              if isinstance(row.get(alias), str) and row[alias].strip()}
-    if any(len(text.encode()) > LONGEST for text in found.values()):
-        raise ValueError(f"a text of more than {LONGEST:,} bytes")
+    if any(len(text.encode()) > LONGEST_TEXT for text in found.values()):
+        raise ValueError(f"a text of more than {LONGEST_TEXT:,} bytes")
     return found
 
 def read_edits(row, more, needed):

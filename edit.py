@@ -26,7 +26,7 @@ from uip2p import EditModel
 TOY = Path(__file__).resolve().parent / "models/toy"
 DEMO, DEMO_SCENES = Path("outputs/demo.png"), 8
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-LONGEST = 4096                                 # pixels of a side while an image is edited
+LONGEST_SIDE = 4096                            # pixels of a side while an image is edited
 
 
 def parser():
@@ -120,9 +120,9 @@ def edit_size(model, name, size, resolution):
     multiple = model.vae.factor * 2 ** (len(model.unet.down_blocks) - 1)
     factor = resolution / min(size) / multiple
     height, width = [multiple * max(1, round(side * factor)) for side in size]
-    if max(height, width) > LONGEST:
+    if max(height, width) > LONGEST_SIDE:
         raise ValueError(f"{name}, of {size[1]}x{size[0]}, would be edited at {width}x{height}; at "
-                         f"most {LONGEST} a side: choose a smaller --resolution, or cut the image")
+                         f"most {LONGEST_SIDE} a side: choose a smaller --resolution, or cut the image")
     return height, width
 
 def resize(images, size):

@@ -7,8 +7,7 @@
     torchrun --nproc-per-node 4 train.py ...                 # four GPUs: four times the batch
 
 The same command continues a run that was stopped.  The folder of a run gets log.csv, curves.png,
-pictures, and two models: `model`, and `best`, with the lowest validation loss.  Both are the
-moving average of the weights.
+pictures, and two models, moving averages: `model`, and `best`, of the lowest validation loss.
 """
 import copy
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -30,8 +29,9 @@ from uip2p import TIMESTEPS, EditModel, cycle
 
 SD15, VIT_L = "stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"
 TOY = str(Path(__file__).resolve().parent / "models/toy")
+TOY_WEIGHTS = {"clip": 3.0, "attn": 0.2, "sim": 2.0, "recon": 0.5}
 
-# Settings that depend on the data; the first column is for comparison only.
+# Settings that depend on the data.
 #             the paper  your data  the toy world      its baseline, --objective ip2p
 SETTINGS = {
     "model":      (SD15,   SD15,   TOY + "/baseline", TOY + "/text2image"),    # where it starts
@@ -40,12 +40,12 @@ SETTINGS = {
     "batch_size": (768,    8,      16,                64),      # images in a step
     "lr":         (5e-5,   5e-5,   1e-4,              1e-3),    # of AdamW, after LR_WARMUP steps
     "resolution": (None,   256,    32,                32),      # InstructPix2Pix has 256
+    "weights":    (WEIGHTS, WEIGHTS, TOY_WEIGHTS,     None),    # of the losses
     "t_min":      (0,      0,      400,               None),    # the smallest t of a forward edit
     "sharp":      (0,      0,      5,                 None),    # see uip2p.cycle
 }
-# The paper does not say these.
-LR_WARMUP, WEIGHT_DECAY, MAX_NORM = 100, 0.01, 1.0      # MAX_NORM is the gradient's
-DECAY, AVERAGE_EVERY = 0.9999, 10              # of the moving average, updated every 10 steps
+LR_WARMUP, WEIGHT_DECAY, MAX_NORM = 100, 0.01, 1.0      # not in the paper, as all that follows
+DECAY, AVERAGE_EVERY = 0.9999, 10              # of the moving average; steps between its updates
 LOG_EVERY = 50                                 # steps
 MAY_CHANGE = ("steps", "output", "save_every", "rank")      # when a stopped run continues
 
@@ -65,7 +65,7 @@ def parse(argv):
     add("--objective", "the paper's, or the supervised one", "cycle", choices=("cycle", "ip2p"))
     add("--model", "directory or hub id of the start")
     add("--clip", "directory or hub id of the CLIP that judges")
-    add("--weights", "of the losses, as attn=0", WEIGHTS, nargs="+", type=named_float)
+    add("--weights", "of the losses, as attn=0", nargs="+", type=named_float)
     add("--warmup", "first steps, of denoising alone: for text-to-image", 0, type=number(int, 0))
     add("--sharp", "steps of a sampled edit; 0: the one-step estimate", type=number(int, 0, 999))
     add("--train", "the whole UNet or a part", "all", choices=("all", "cross-attention"))
@@ -85,13 +85,14 @@ def parse(argv):
     for name in ("clip", "weights", "warmup", "sharp") if supervised else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name} has no effect with --objective ip2p")
-    args.weights = WEIGHTS | dict(args.weights)
-    for name in args.weights.keys() - WEIGHTS.keys():
+    given = dict(args.weights or [])
+    for name in given.keys() - WEIGHTS.keys():
         p.error(f"--weights {name}: the losses are {', '.join(WEIGHTS)}")
     column = 1 if not toy else 3 if supervised else 2
     for name, row in SETTINGS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, row[column])
+    args.weights = None if supervised else WEIGHTS | SETTINGS["weights"][column] | given
     args.clip = None if supervised else args.clip
     args.precision = args.precision or default_precision(args.device)
     return p, args

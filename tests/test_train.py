@@ -190,7 +190,7 @@ def test_what_a_run_leaves_behind(whole):
     assert [list(row) for row in rows] == [["step", "images", *LOSSES["cycle"]]] * 4
     assert [(row["step"], row["images"]) for row in rows] == [(1, 2), (2, 4), (3, 6), (4, 8)]
     for row in rows:
-        cec = row["clip"] + 0.5 * row["attn"] + row["sim"] + row["recon"]
+        cec = 3 * row["clip"] + 0.2 * row["attn"] + 2 * row["sim"] + 0.5 * row["recon"]
         assert row["cec"] == pytest.approx(cec, abs=1e-3)
         assert row["loss"] == pytest.approx(row["cec"] + row["denoise"], abs=1e-3)
     sizes = {}
@@ -338,7 +338,7 @@ def test_checkpointing_is_for_real_data_and_trains_the_same(clip):
     gradients = []
     for flags, on in ((["--data", "photos", *TOY_MODEL, "--sharp", "0"], True), (["--sharp", "0"], False)):
         args, model = options(*flags), EditModel.from_pretrained(TOY / "baseline")
-        args.t_min = 400
+        args.t_min, args.weights = 400, losses.WEIGHTS
         train.prepare(model, clip, args)
         assert model.unet.checkpointing == model.vae.checkpointing == on
         out = train.compute_losses(model, clip, toy_batch(3), args, torch.Generator().manual_seed(0))
@@ -419,7 +419,7 @@ def test_a_loss_of_ones_own(tmp_path, plain, monkeypatch):
     for flags, weight in (((), 1), (("--weights", "mine=2"), 2)):
         (row,) = log(run(tmp_path / str(weight), 1, "--sharp", 0, *flags))
         assert row["mine"] > 0.1
-        cec = row["clip"] + 0.5 * row["attn"] + row["sim"] + row["recon"] + weight * row["mine"]
+        cec = 3 * row["clip"] + 0.2 * row["attn"] + 2 * row["sim"] + 0.5 * row["recon"] + weight * row["mine"]
         assert row["cec"] == pytest.approx(cec, abs=1e-3)
 
 
@@ -518,10 +518,15 @@ def test_every_option_shows_the_default_that_holds(capsys):
 
 
 def test_weights_name_losses_and_keep_the_others():
-    assert options().weights == losses.WEIGHTS == {"clip": 1, "attn": 0.5, "sim": 1, "recon": 1}
-    assert options("--weights", "attn=0").weights == {"clip": 1, "attn": 0, "sim": 1, "recon": 1}
-    assert options("--weights", "sim=0.25", "clip=3").weights == {"clip": 3, "attn": 0.5, "sim": 0.25, "recon": 1}
-    assert losses.WEIGHTS["attn"] == 0.5                      # and the table itself stays
+    """The paper's, but in the toy world."""
+    real = ("--data", "photos")
+    assert options(*real).weights == losses.WEIGHTS == {"clip": 1, "attn": 0.5, "sim": 1, "recon": 1}
+    assert options(*real, "--weights", "attn=0").weights == {"clip": 1, "attn": 0, "sim": 1, "recon": 1}
+    several = options(*real, "--weights", "sim=0.25", "clip=3").weights
+    assert several == {"clip": 3, "attn": 0.5, "sim": 0.25, "recon": 1}
+    assert options().weights == {"clip": 3, "attn": 0.2, "sim": 2, "recon": 0.5}
+    assert options("--weights", "attn=0").weights == {"clip": 3, "attn": 0, "sim": 2, "recon": 0.5}
+    assert losses.WEIGHTS["attn"] == 0.5 and train.TOY_WEIGHTS["attn"] == 0.2   # and the tables stay
 
 
 def test_the_settings_of_the_data_are_defaults_that_flags_overrule():
@@ -736,7 +741,7 @@ def test_what_the_cycle_and_its_losses_are_given(model, monkeypatch):
     assert (captions, edited_captions) == (batch.captions, batch.edited_captions)
     for words, texts in ((forward_words, batch.instructions), (reverse_words, batch.reverse_instructions)):
         assert torch.equal(words, content_words(model.tokenizer, model.tokenize(texts)))
-    assert not torch.equal(forward_words, reverse_words) and weights == losses.WEIGHTS | {"sim": 7}
+    assert not torch.equal(forward_words, reverse_words) and weights == train.TOY_WEIGHTS | {"sim": 7}
 
 
 def test_conditioning_dropout(model):
