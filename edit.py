@@ -122,7 +122,7 @@ def edit_size(model, name, size, resolution):
     height, width = [multiple * max(1, round(side * factor)) for side in size]
     if max(height, width) > LONGEST_SIDE:
         raise ValueError(f"{name}, of {size[1]}x{size[0]}, would be edited at {width}x{height}; at "
-                         f"most {LONGEST_SIDE} a side: choose a smaller --resolution, or cut the image")
+                         f"most {LONGEST_SIDE} a side: choose a smaller --resolution, or cut it")
     return height, width
 
 def resize(images, size):
