@@ -26,6 +26,7 @@ def errors(parser, args, advice="choose a smaller --batch-size"):
     """What is wrong with files or values ends the command in one line; advice: if memory ends."""
     logging.set_verbosity_error()                     # the commands say themselves what they load
     logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
     try:
         yield
     except torch.OutOfMemoryError:
@@ -111,7 +112,7 @@ def start_processes():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(timeout=timedelta(hours=2))           # they wait while the first saves
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")                        # the first alone prints
+        sys.stdout = open(os.devnull, "w", errors="ignore")       # the first alone prints
     return dist.get_rank(), dist.get_world_size()
 
 def mean_of_processes(tensors):

@@ -9,6 +9,7 @@ MODEL is timbrooks/instruct-pix2pix, or one that train.py wrote, as runs/photos/
 An image is resized for the edit, not cropped, and the result is as large as the input.  A model
 may recommend steps, guidance scales and a resolution (edit_defaults.json); flags overrule them.
 """
+import os
 import sys
 import tempfile
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -20,12 +21,11 @@ import torch.nn.functional as F
 import toy
 from cli import DTYPES, Parser, default_device, device, errors, non_negative_float, number, seed_int
 from losses import edit_region
-from pictures import figure3, from_pil, load_image, save_png, to_pil
+from pictures import figure3, find_images, from_pil, load_image, save_png, to_pil
 from uip2p import EditModel
 
 TOY = Path(__file__).resolve().parent / "models/toy"
 DEMO, DEMO_SCENES = Path("outputs/demo.png"), 8
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 LONGEST_SIDE = 4096                            # pixels of a side while an image is edited
 
 
@@ -50,7 +50,7 @@ def parser():
 # ---- what is edited ---------------------------------------------------------------------------
 
 def check_files(args):
-    """Finds what is wrong before any work: [(input, its size, output)]; [] for the demo."""
+    """Finds what is wrong before any work: [(input, output), ...]; [] for the demo."""
     if not (args.input or args.output or args.edit or args.reverse):
         DEMO.parent.mkdir(exist_ok=True)
         check_writable(DEMO.parent)
@@ -65,14 +65,13 @@ def check_files(args):
 
     source, target = Path(args.input), Path(args.output)
     if source.is_dir():
-        inputs = sorted(f for f in source.iterdir() if f.suffix.lower() in SUFFIXES)
+        inputs = find_images(source)
         outputs = [target / f"{f.stem}.png" for f in inputs]
-        if not inputs:
-            raise ValueError(f"--input {source} holds no image ({' '.join(sorted(SUFFIXES))})")
         if target.is_file():
             raise ValueError(f"--output {target} is a file, but --input is a folder")
     else:
         inputs, outputs = [source], [target]
+        load_image(source)                     # an error, before the model is loaded
         if target.suffix.lower() != ".png":
             raise ValueError(f"--output {target}: give the name of a .png file")
     check_writable(target if target.is_dir() else target.parent)
@@ -80,12 +79,13 @@ def check_files(args):
     written = outputs + [cycle_file(output) for output in outputs if args.reverse]
     if len(set(written)) < len(written):
         raise ValueError(f"--input {source}: two outputs would have one name; rename an image")
+    read = {os.path.realpath(file) for file in inputs}
     for file in written:
-        if file.resolve() in [source.resolve() for source in inputs]:
+        if os.path.realpath(file) in read:
             raise ValueError(f"--output would overwrite the input {file}; choose another name")
         if file.is_dir():
             raise ValueError(f"--output {file} is a folder; choose another name, or remove it")
-    return [(i, load_image(i).shape[1:], o) for i, o in zip(inputs, outputs)]
+    return list(zip(inputs, outputs))
 
 def check_writable(folder):
     try:
@@ -179,10 +179,9 @@ def demo(model, args, settings):
     save_png(draw_cycle(model, images, forward, back, args, true), DEMO, settings)
     print(f"{DEMO}: {len(samples)} scenes that training never saw, edited and edited back")
 
-def edit_file(model, source, size, output, args, settings):
+def edit_file(model, image, size, output, args, settings):
     """Edits one image at `size` by all instructions in turn, and writes the outputs."""
-    image, rows = load_image(source), []
-    print(f"{source} at {size[1]}x{size[0]}")
+    rows = []
     for turn, text in enumerate(args.edit):
         edited = edit(model, [image], [text], size, args)
         if args.reverse:
@@ -194,6 +193,24 @@ def edit_file(model, source, size, output, args, settings):
     if args.reverse:
         save_png(figure3(*zip(*rows)), cycle_file(output), settings)
         print(cycle_file(output))
+
+def edit_files(model, files, args, settings):
+    """Edits [(input, output), ...].  -> how many inputs are broken.  Of several, they are reported
+    and skipped; one alone is an error."""
+    broken = 0
+    for source, output in files:
+        try:
+            image = load_image(source)
+            size = edit_size(model, source, image.shape[1:], args.resolution)
+        except (ValueError, OSError) as error:
+            if len(files) == 1:
+                raise
+            print(f"skipped {error}", file=sys.stderr)
+            broken += 1
+        else:
+            print(f"{source} at {size[1]}x{size[0]}")
+            edit_file(model, image, size, output, args, settings)
+    return broken
 
 def main(argv=None):
     p = parser()
@@ -212,10 +229,11 @@ def main(argv=None):
         warn_of_cut_texts(model, args.edit + args.reverse)
         if not files:
             demo(model, args, settings)
-        files = [(source, edit_size(model, source, size, args.resolution), output)
-                 for source, size, output in files]               # an error if one is too long
-        for file in files:
-            edit_file(model, *file, args, settings | {"edit": "\n".join(args.edit)})
+            return
+        settings["edit"] = "\n".join(args.edit)
+        broken = edit_files(model, files, args, settings)
+        if broken:
+            p.exit(1, f"edit.py: error: {broken} of {len(files)} images are broken, see above\n")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ import io
 import math
 import textwrap
 import warnings
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
+                 UnidentifiedImageError)
 
 from cli import replace_file
 
@@ -19,6 +22,12 @@ MAX_PIXELS = 64_000_000
 # Pillow refuses what has more than twice its maximum, and from once on it warns.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26        # bytes; some programs keep whole workflows there
+ORIENTATION, SRGB = 0x0112, ImageCms.createProfile("sRGB")
+TURN = Image.Transpose
+# By EXIF's orientation.
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 
 SMALLEST, LARGEST = 128, 512                   # pixels of the longer side of a grid's cells
 TEXT, GREY, RED, GAP = 13, (110, 110, 110), (200, 60, 30), 8
@@ -30,30 +39,59 @@ HEAT = torch.tensor([(20, 11, 53), (101, 21, 110), (188, 55, 84),     # from dar
 # ---- files ------------------------------------------------------------------------------------
 
 def load_image(path, data=None):
-    """An image file, or its bytes `data` -> (3, H, W) in [-1, 1], upright, transparency over white.
-    ValueError, in one line, if it is missing, damaged, larger than MAX_PIXELS, or no image."""
+    """An image file, or its bytes `data` -> (3, H, W) in [-1, 1], upright, in sRGB, and white where
+    it is transparent.  ValueError, in one line, if it is missing, damaged, too large, or no image.
+    """
     path = Path(path)
     if data is None and not path.is_file():
         raise ValueError(f"{path}: there is no such image file")
-    if data == b"" or data is None and not path.stat().st_size:
-        raise ValueError(f"{path} is empty: it has 0 bytes")
+    stream = path.open("rb") if data is None else io.BytesIO(data)
+    with stream as file:
+        start = file.read(12)
+        if not start:
+            raise ValueError(f"{path} is empty: it has 0 bytes")
+        try:
+            picture = Image.open(file)
+            picture.load()
+            return from_pil(over_white(upright(picture)))
+        except UnidentifiedImageError:
+            problem = "is not an image, or damaged at its beginning"
+            if start[4:8] == b"ftyp":          # how HEIC begins, and so do videos
+                problem = "is HEIC or a video, which pillow does not read: save it as JPEG"
+        except Image.DecompressionBombError:
+            problem = f"has more than {MAX_PIXELS:,} pixels; scale it down"
+        except Exception as error:             # on damaged files, pillow raises many kinds
+            problem = f"cannot be read as an image: {error}"
+        raise ValueError(f"{path} {problem}")
+
+def upright(picture):
+    """Turns a picture as its EXIF says.  Nothing else is read of EXIF, which is often damaged."""
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as file:
-            picture = ImageOps.exif_transpose(file)               # decodes the whole image
-        if picture.mode == "F":
-            raise ValueError("floating-point values have no range; save it with 8 or 16 bits")
-        if picture.mode.startswith("I"):       # 16-bit grey, which convert("RGB") clips at 255
-            picture = picture.convert("I").point(lambda grey: grey * (1 / 257) + 0.5).convert("L")
-        if picture.has_transparency_data:
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture.convert("RGBA"))
-        return from_pil(picture)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image, or damaged at its beginning") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down") from None
-    except Exception as error:                 # on damaged files, pillow raises many kinds
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+        orientation = picture.getexif().get(ORIENTATION)
+    except Exception:                          # viewers, too, show such a picture as it is stored
+        orientation = None
+    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+
+def over_white(picture):
+    """A picture of any mode -> RGB in sRGB, over white."""
+    if picture.mode == "F":
+        raise ValueError("floating-point values have no range; save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):           # 16-bit grey, which convert("RGB") clips at 255
+        picture = picture.convert("I").point(lambda grey: grey * (1 / 257) + 0.5).convert("L")
+    colours = to_srgb(picture)
+    if picture.has_transparency_data:
+        colours.putalpha(picture.convert("RGBA").getchannel("A"))
+        colours = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), colours)
+    return colours
+
+def to_srgb(picture):
+    """Its colours as sRGB has them.  Without its profile, a phone's red would become paler.  A
+    profile that is broken, or of another kind than the picture, is ignored, as viewers do."""
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")
+    with suppress(KeyError, OSError, TypeError, ImageCms.PyCMSError):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+        return ImageCms.profileToProfile(picture.convert(mode), profile, SRGB, outputMode="RGB")
+    return picture.convert("RGB")
 
 def from_pil(picture):
     pixels = torch.tensor(numpy.asarray(picture.convert("RGB")))  # (H, W, 3)
@@ -69,8 +107,25 @@ def save_png(image, path, text=None):
     picture = to_pil(image) if isinstance(image, torch.Tensor) else image
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
-        chunks.add_text(key, str(value))
+        # A name of a file may have bytes that are no UTF-8.
+        chunks.add_text(key, str(value).encode(errors="backslashreplace").decode())
     replace_file(Path(path), lambda file: picture.save(file, "PNG", pnginfo=chunks))
+
+
+def find_images(folder):
+    """The images of a folder that pillow reads.  What else it holds is counted and named, but for
+    hidden files: macOS writes ._NAME, which is no image, beside each NAME on foreign disks."""
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    images = [file for file in files if file.suffix.lower() in known]
+    suffixes = Counter(file.suffix.lower() or "without a suffix" for file in files)
+    others = [f"{count} {suffix}" for suffix, count in suffixes.items() if suffix not in known]
+    if not images:
+        raise ValueError(f"{folder} holds no image that pillow reads (save HEIC as JPEG)")
+    if others:
+        print(f"{folder}: left out is what pillow does not read (save HEIC as JPEG): "
+              f"{', '.join(others)}")
+    return images
 
 
 # ---- pictures ---------------------------------------------------------------------------------
