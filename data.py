@@ -6,7 +6,9 @@ A folder holds images and metadata.jsonl, a JSON object a line; NAMES has other 
      "edited_caption": "a boat on a lake with mountains", "reverse_instruction": "remove them"}
 
 An image may have several edits, in "edits", a list of such objects: one is drawn each time.
+The image may lie outside of the folder: "../boat.jpg" and "/photos/boat.jpg" are read, too.
 """
+import codecs
 import itertools
 import json
 import random
@@ -28,7 +30,7 @@ NAMES = {"key": ("key",), "image": ("I_input", "file_name", "image"),
          "instruction": ("C_f", "edit_prompt", "edit", "instruction"),
          "edited_caption": ("T_edit", "edited_prompt", "output", "edited_caption")}
 TEXTS = ("caption", "instruction", "edited_caption", "reverse_instruction")
-LONGEST_TEXT = 10_000                          # bytes of a text
+LONGEST_TEXT, LONGEST_LINE = 10_000, 2 ** 24   # bytes
 
 
 @dataclass
@@ -74,25 +76,41 @@ def read_edits(row, more, needed):
     edits = [fields(row) | fields(edit) | other for edit in edits for other in more]
     for name in needed:
         if any(name not in edit for edit in edits):
-            raise ValueError(f"no text for {name}")
+            raise ValueError(f"no text for {' or '.join(NAMES[name][::-1])}")
     return edits
 
-def read_lines(path, read):
-    """[(name of the line, read(its JSON object)), ...] of a JSONL file.  A line for which this is a
-    ValueError is reported and skipped; more than 1 % are a ValueError, which names the first."""
-    items, errors, count = [], [], 0
+def read_entries(entries, read):
+    """[(name, read(entry)), ...] of the entries of a file, pairs of a name and what `read` takes.
+    An entry for which this is a ValueError or an OSError is reported and skipped; more than 1 % are
+    a ValueError, which names the first."""
+    items, broken = [], []
+    for name, entry in entries:
+        try:
+            items.append((name, read(entry)))
+        except (ValueError, OSError) as error:
+            broken.append(f"{name}: {error}")
+    count = len(items) + len(broken)
+    if len(broken) > count / 100:
+        raise ValueError(f"{broken[0]} ({len(broken)} of {count} are broken)")
+    for error in broken:
+        print(f"skipped {error} ({len(broken)} of {count})", file=sys.stderr)
+    return items
+
+def text_lines(path):
+    """(its name, its bytes) of each line that is not blank, without a byte order mark."""
     with open(path, "rb") as file:
-        for count, line in enumerate(file, 1):
-            try:
-                items.append((f"{path} line {count}", read(parse_json(line))))
-            except ValueError as error:
-                errors.append(f"{path} line {count}: {error}")
-    if count == 0:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            if len(line) == LONGEST_LINE:
+                raise ValueError(f"{path} line {number} has more than {LONGEST_LINE:,} bytes")
+            line = line.removeprefix(codecs.BOM_UTF8).strip()
+            if line:
+                yield f"{path} line {number}", line
+
+def read_lines(path, read):
+    """The entries of a JSONL file; `read` takes the JSON object of a line."""
+    items = read_entries(text_lines(path), lambda line: read(parse_json(line)))
+    if not items:
         raise ValueError(f"{path} is empty")
-    if len(errors) > count / 100:
-        raise ValueError(f"{errors[0]} ({len(errors)} of {count} lines are broken)")
-    for error in errors:
-        print(f"skipped {error} ({len(errors)} of {count} lines)", file=sys.stderr)
     return items
 
 

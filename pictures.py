@@ -23,11 +23,8 @@ MAX_PIXELS = 64_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26        # bytes; some programs keep whole workflows there
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}     # EXIF's orientation -> Image.Transpose
 ORIENTATION, SRGB = 0x0112, ImageCms.createProfile("sRGB")
-TURN = Image.Transpose
-# By EXIF's orientation.
-TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
-         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 
 SMALLEST, LARGEST = 128, 512                   # pixels of the longer side of a grid's cells
 TEXT, GREY, RED, GAP = 13, (110, 110, 110), (200, 60, 30), 8

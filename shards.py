@@ -19,6 +19,7 @@ from data import Folder, Source, ToyWorld, parse_json, read_edits, read_lines
 from pictures import load_image
 
 LARGEST = 2 ** 26                              # bytes that are read of a member of a shard
+MOST_SHARDS = 100_000                          # of a range
 BUFFER = 1000                                  # samples of shards that are shuffled together
 IMAGES = ("jpg", "jpeg", "png", "webp")        # of a shard; its other members may be of any kind
 
@@ -27,6 +28,8 @@ def open_source(path, split, resolution, seed=0, pairs=False, side={}):
     """The source that is at `path`.  side: the texts of a side file, as `read_texts` gives them."""
     if path == "toy":
         return ToyWorld(split, 1_000_000 if split == "train" else 64, seed, pairs)
+    if re.search(r"\.(tar\.\w+|tgz)$", path):
+        raise ValueError(f"{path}: unpack compressed shards to .tar, for instance by gunzip")
     if path.endswith(".tar"):
         return Shards(path, resolution, seed, pairs, side)
     if (Path(path) / "seeds.json").is_file():
@@ -78,18 +81,27 @@ class Mix(Source):
 
 class InstructPix2Pix(Source):
     """InstructPix2Pix's data as it is on disk.  Each time a directory is drawn, so is one of its
-    seeds.  It has no reverse instructions: the cycle uses the directories that `side` names."""
-    SPLITS = {"train": (0, 0.9), "validation": (0.9, 0.9 + 0.05), "test": (0.9 + 0.05, 1)}
+    seeds.  It has no reverse instructions: the cycle uses the directories that `side` names.
+    Directories that are not there are left out, which is said: of those that the published
+    seeds.json names, thousands are in no archive.  named: their number, with what is left out."""
+    SPLITS = {"train": (0, 0.9), "validation": (0.9, 0.9 + 0.05), "test": (0.9 + 0.05, 1),
+              "all": (0, 1)}
 
     def __init__(self, path, split, resolution, seed=0, pairs=False, side={}):
         listing = Path(path) / "seeds.json"
         try:
             rows = json.loads(listing.read_bytes())
             begin, end = [int(part * len(rows)) for part in self.SPLITS[split]]
-            items = [(Path(path) / name, list(seeds), side.get(name, [{}]))
+            named = [(Path(path) / name, list(seeds), side.get(name, [{}]))
                      for name, seeds in rows[begin:end] if pairs or name in side]
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{listing} is no JSON list of [directory, [seeds]]") from None
+        missing = {item[0] for item in named if not item[0].is_dir()}
+        items = [item for item in named if item[0] not in missing]
+        self.named = len(named)
+        if missing:
+            print(f"left out: {len(missing)} of {len(named)} directories that {listing} names for "
+                  f"{split} are not there, the first is {min(missing)}; is all unpacked?")
         if not items:
             needs = "" if pairs else " of which the side file (--texts) has a reverse instruction"
             raise ValueError(f"{listing} has no directory for {split}{needs}")
@@ -111,6 +123,8 @@ def expand(pattern):
     patterns, braces = [pattern], re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if braces:
         first, last = braces.groups()
+        if not 0 <= int(last) - int(first) < MOST_SHARDS:
+            raise ValueError(f"{pattern}: a range has from 1 to {MOST_SHARDS:,} numbers")
         numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
         patterns = [pattern.replace(braces[0], number) for number in numbers]
     return [path for p in patterns for path in sorted(glob(p)) or [p]]
@@ -121,9 +135,37 @@ def key_and_kind(name):
     return key, name[len(key) + 1:].lower()
 
 
+def read_headers(shard):
+    """The samples of a tar file, {key: {kind: (offset, bytes)}}, and what is wrong with it, or "".
+    The files of a sample may stand anywhere.  Of files of one name, the last counts, as for tar.
+    Hidden ones do not: macOS packs ._NAME beside each NAME."""
+    samples = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, kind = key_and_kind(member.name)
+                if member.isreg() and not Path(member.name).name.startswith("."):
+                    place = member.offset_data, min(member.size, LARGEST)
+                    samples.setdefault(key, {})[kind] = place
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):    # tarfile takes a damaged header for the end
+                raise tarfile.ReadError("unexpected end of data")
+    except Exception as error:                 # on damaged archives, tarfile raises many kinds
+        return samples, str(error)
+    return samples, ""
+
+def read_member(shard, offset, size):
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise ValueError("unexpected end of data")
+    return content
+
+
 class Shards(Source):
-    """Tar files; with a side file, the samples that it names.  They are read from beginning to end
-    and never extracted.  Workers only decode: the order does not depend on their number."""
+    """Tar files, which are never extracted; with a side file, the samples that it names.  Workers
+    read and decode samples: the order does not depend on their number."""
     def __init__(self, pattern, resolution, seed=0, pairs=False, side={}):
         if pairs:
             raise ValueError(f"{pattern}: shards have no edited images, as the baseline needs")
@@ -134,9 +176,9 @@ class Shards(Source):
                 raise ValueError(f"{shard}: there is no such shard")
 
     def order(self, seed, first, share=slice(None)):
-        """As of every source; of what lies before `first`, only headers are read."""
+        """As of every source; only headers are read."""
         for epoch in itertools.count():
-            samples = self.samples(self.shuffled(seed, epoch, share), first // BUFFER * BUFFER)
+            samples = self.samples(self.shuffled(seed, epoch, share))
             rng = random.Random(f"{seed} {epoch}")
             block = None
             for block in iter(lambda: list(itertools.islice(samples, BUFFER)), []):
@@ -145,41 +187,27 @@ class Shards(Source):
                 first = max(first - len(block), 0)
             if block is None:
                 what = "image that the side file names" if self.side else "image"
-                raise ValueError(f"{self.pattern} has no {what}")
+                raise ValueError(f"{self.pattern} has no {what} ({', '.join(IMAGES)})")
 
-    def samples(self, shards, start):
-        """(name, {kind: bytes} or what is wrong, edits by the side file); {} before `start`."""
-        count = itertools.count()
+    def samples(self, shards):
+        """(name, shard, places in it, edits by the side file) of each sample that has an image, and
+        (name, shard, what is wrong, []) at the end of a damaged shard."""
         for shard in shards:
-            try:
-                with tarfile.open(shard, "r:") as tar:
-                    for key, members in self.groups(tar):
-                        wanted = {*IMAGES, "txt", "json"} if next(count) >= start else set()
-                        kinds = wanted & members.keys()
-                        files = {k: tar.extractfile(members[k]).read(LARGEST) for k in kinds}
-                        yield f"{shard} {key!r}", files, self.side.get(key, [{}])
-            except Exception as error:         # on damaged archives, tarfile raises many kinds
-                next(count)
-                yield shard, str(error), None
+            samples, problem = read_headers(shard)
+            for key, places in samples.items():
+                if not places.keys().isdisjoint(IMAGES) and (not self.side or key in self.side):
+                    yield f"{shard} {key!r}", shard, places, self.side.get(key, [{}])
+            if problem:
+                yield shard, shard, problem, []
 
-    def groups(self, tar):
-        """(key, {kind: member}) of each image of an open archive."""
-        files = (member for member in tar if member.isreg())
-        for key, group in itertools.groupby(files, lambda member: key_and_kind(member.name)[0]):
-            members = {key_and_kind(member.name)[1]: member for member in group}
-            if not members.keys().isdisjoint(IMAGES) and (not self.side or key in self.side):
-                yield key, members
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(512) != bytes(512):    # tarfile takes a damaged header for the end
-            raise tarfile.ReadError("unexpected end of data")
-
-    def open(self, rng, name, files, more):
-        if isinstance(files, str):
-            raise ValueError(files)
+    def open(self, rng, name, shard, places, more):
+        if isinstance(places, str):
+            raise ValueError(places)
+        kind = next(kind for kind in IMAGES if kind in places)
+        files = {k: read_member(shard, *places[k]) for k in (kind, "txt", "json") if k in places}
         row = parse_json(files.get("json", b"{}"))
-        caption = files.get("txt", b"").decode(errors="replace")
+        caption = files.get("txt", b"").decode("utf-8-sig", errors="replace")
         edits = read_edits({"text": caption} | row, more, self.needed)
-        kind = next(kind for kind in IMAGES if kind in files)
         return rng.choice(edits), [without_border(load_image(f"its .{kind}", files[kind]), row)]
 
 

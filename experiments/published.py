@@ -150,23 +150,24 @@ class Sample:
 
 
 def read_test_split(path, limit):
-    """-> the first `limit` (or all) Samples of InstructPix2Pix's test split, and how many it has."""
-    items, samples = InstructPix2Pix(path, "test", 0, pairs=True).items, []
-    for folder, seeds, _ in items[:limit]:
+    """-> the first `limit` (or all) Samples of InstructPix2Pix's test split, and how many seeds.json names."""
+    source, samples = InstructPix2Pix(path, "test", 0, pairs=True), []
+    for folder, seeds, _ in source.items[:limit]:
         name = f"{folder.name}_{seeds[0]}" if seeds else ""
         if folder.parent != Path(path) or not re.fullmatch(r"\w+", name):
             raise ValueError(f"{path}/seeds.json: {folder.name!r} has no seed, or its name is not one of a directory "
                              f"in {path}")
+        listing, image = folder / "prompt.json", folder / f"{seeds[0]}_0.jpg"
+        for file in (listing, image):
+            if not file.is_file():
+                raise ValueError(f"{file} is missing, but seeds.json names its directory: is all unpacked?")
         try:
-            texts, = read_edits(parse_json((folder / "prompt.json").read_bytes()), [{}], TEXTS[:3])
+            texts, = read_edits(parse_json(listing.read_bytes()), [{}], TEXTS[:3])
         except ValueError as error:
-            raise ValueError(f"{folder / 'prompt.json'}: {error}") from None
-        image = folder / f"{seeds[0]}_0.jpg"
-        if not image.is_file():
-            raise ValueError(f"{image} is missing, which seeds.json names")
+            raise ValueError(f"{listing}: {error}") from None
         captions = texts["caption"], texts["edited_caption"]
         samples.append(Sample(f"{name}.png", image, texts["instruction"], captions))
-    return samples, len(items)
+    return samples, source.named
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -347,7 +348,9 @@ def write(folder, name, lines, rows, picture):
     """Prints a table, and keeps it as NAME.md, its numbers as NAME.jsonl and a picture as NAME.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".md", lines), (".jsonl", [json.dumps(row) for row in rows])):
-        replace_file(folder / (name + suffix), lambda temporary: temporary.write_text("\n".join(text) + "\n"))
+        content = "\n".join(text) + "\n"
+        replace_file(folder / (name + suffix),
+                     lambda temporary: temporary.write_text(content, "utf-8", "backslashreplace"))
     save_png(picture, folder / f"{name}.png")
     print("\n" + "\n".join(lines) + f"\n\n{folder / name}.md, .jsonl, .png")
 
@@ -356,7 +359,7 @@ def extent(done, total, what):
     """What of a data set was used, for the table."""
     if done == total:
         return f"all {total} {what}"
-    return f"ONLY {done} of {total} {what} (--limit), not the published protocol"
+    return f"ONLY {done} of {total} {what}, not the published protocol"
 
 
 # ---- magicbrush ------------------------------------------------------------------------------------------------------
@@ -442,7 +445,8 @@ def curve(args):
     samples, total = read_test_split(args.data, args.limit)
     editors, others = {}, {}                   # {an editor: {a point of its curve: the folder of its outputs}}
     for folder in args.outputs:
-        others[str(folder)] = points = {f.name: f for f in sorted(folder.iterdir()) if f.is_dir()}
+        others[str(folder)] = points = {f.name: f for f in sorted(folder.iterdir())
+                                       if f.is_dir() and not f.name.startswith(".")}
         pairs = itertools.product(points.values() or [folder / "POINT"], samples)
         check_files([point / sample.output for point, sample in pairs])
     clip = ClipScorer.from_pretrained(args.clip, args.device)

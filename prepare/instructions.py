@@ -4,8 +4,10 @@
     python -m prepare.instructions --input photos/captions.jsonl --edits 4 \\
         --output photos/metadata.jsonl                                # keeps "image", so that the folder is a data set
     python -m prepare.instructions --input 'cc3m/{00000..00331}.tar' --output cc3m.jsonl     # with "key": img2dataset's
-    python -m prepare.instructions --input ip2p.jsonl --reverse-only --output reversed.jsonl # edits without a reverse
+    python -m prepare.instructions --input clip-filtered-dataset --reverse-only \\
+        --output reversed.jsonl                                       # InstructPix2Pix's edits, which lack a reverse
 
+What is read is kept in memory, about 1 GB for 3 million captions.  Broken lines and samples are skipped and reported.
 The prompt is instructions_prompt.txt, beside this file: the task, and examples, which also say what kinds of edit there
 are.  Every answer is checked.  After four bad ones the edit goes to OUTPUT.rejects, with the last answer and the
 reason.  OUTPUT.part holds what is done until all is: the same command goes on from there.  Only safetensors are read,
@@ -15,10 +17,10 @@ import argparse
 import json
 import random
 import re
-import tarfile
 import zlib
 from collections import Counter
-from itertools import groupby, islice
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,13 +28,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import Parser, default_device, device, errors, non_negative_float, positive_int, replace_file, seed_int
-from data import NAMES, TEXTS, parse_json
-from shards import LARGEST, expand, key_and_kind
+from data import NAMES, TEXTS, parse_json, read_edits, read_entries, text_lines
+from shards import InstructPix2Pix, expand, read_headers, read_member
 
 PROMPT = Path(__file__).resolve().parent / "instructions_prompt.txt"
 TRIES, RETRY_TEMPERATURE = 4, 0.7         # without sampling, a model would only repeat the answer that was rejected
 ROUND = 8                                 # batches that are kept together: so bad answers are asked again in batches
 NEW_TOKENS = 256                          # of an answer: three texts of the length that CLIP reads
+GIVEN_TOKENS = 256                        # of the texts that a prompt gives, at most
+
+TOO_LONG = f"the given texts have more than {GIVEN_TOKENS} tokens"
 
 # CLIP reads 75 tokens.  Its tokenizer would have to be downloaded.  Its vocabulary has most English words whole, so 50
 # words and punctuation marks leave half as many again for the words that it splits.
@@ -57,64 +62,71 @@ def find_files(patterns):
     for pattern in patterns:
         paths += [Path(path) for path in expand(pattern)]
     for path in paths:
-        if path.suffix not in (".txt", ".jsonl", ".tar") or not path.is_file():
-            raise ValueError(f"--input {path}: there is no such .txt, .jsonl or .tar file")
+        is_file = path.suffix in (".txt", ".jsonl", ".tar") and path.is_file()
+        if not is_file and not (path / "seeds.json").is_file():
+            raise ValueError(f"--input {path}: there is no such .txt, .jsonl or .tar, nor a folder with seeds.json")
     return paths
 
 
-def read_shard(path):
-    """The key and the caption of each sample of a shard, from KEY.txt or, if there is none, KEY.json."""
-    with tarfile.open(path, "r:") as tar:
-        files = (member for member in tar if member.isfile())
-        for key, members in groupby(files, lambda member: key_and_kind(member.name)[0]):
-            texts = {}
-            for member in members:
-                kind = key_and_kind(member.name)[1]
-                if kind in ("txt", "json"):
-                    texts[kind] = tar.extractfile(member).read(LARGEST)
-            if "txt" in texts:
-                caption = texts["txt"].decode()
-            else:
-                caption = parse_json(texts.get("json", "{}")).get("caption")
-            yield {"key": key, "caption": caption}
+def read_sample(shard, key, places):
+    """The key and the caption of a sample of a shard, from KEY.txt or, if there is none, KEY.json."""
+    files = {kind: read_member(shard, *places[kind]) for kind in ("txt", "json") if kind in places}
+    if "txt" in files:
+        caption = files["txt"].decode("utf-8-sig")
+    else:
+        caption = parse_json(files.get("json", b"{}")).get("caption")
+    return {"key": key, "caption": caption}
+
+
+def read_line(line):
+    return {"caption": line.decode()}
+
+
+def read_folder(folder):
+    """The key and the texts of a directory of InstructPix2Pix."""
+    return parse_json((folder / "prompt.json").read_bytes()) | {"key": folder.name}
+
+
+def fail(problem):
+    raise ValueError(problem)
 
 
 def read_rows(path):
-    """What a file says, image by image, as dicts: of a sample of a shard, a line of text, or an object of JSON."""
-    if path.suffix == ".tar":
-        yield from read_shard(path)
-        return
-    with open(path, "rb") as file:
-        for line in file:
-            yield {"caption": line.decode()} if path.suffix == ".txt" else parse_json(line)
+    """What a file says, image by image, each as a name and a function that reads it, a dict: of a sample of a shard, a
+    line of text, an object of JSON, or a directory of InstructPix2Pix."""
+    if path.is_dir():
+        for folder, *_ in InstructPix2Pix(path, "all", 0, pairs=True).items:
+            yield folder, partial(read_folder, folder)
+    elif path.suffix == ".tar":
+        samples, problem = read_headers(path)
+        for key, places in samples.items():
+            yield f"{path} {key!r}", partial(read_sample, path, key, places)
+        if problem:
+            yield path, partial(fail, problem)
+    else:
+        read = parse_json if path.suffix == ".jsonl" else read_line
+        for name, line in text_lines(path):
+            yield name, partial(read, line)
 
 
 def rename(row, given, may_lack):
     """A row in which the `given` texts have our names and are on one line each.  ValueError for a text that is not
     there, unless the row may lack it: then it is None."""
-    for field in given:
-        names = NAMES[field][::-1]
-        found = [name for name in names if isinstance(row.get(name), str) and row[name].strip()]
-        if not found and field not in may_lack:
-            raise ValueError(f"no text for {' or '.join(names)}")
-        row[field] = " ".join(row.pop(found[0]).split()) if found else None
-    return row
+    texts, = read_edits(row | {"edits": None}, [{}], set(given) - set(may_lack))
+    aliases = {alias for name in given for alias in NAMES[name]}
+    renamed = {name: " ".join(texts[name].split()) if name in texts else None for name in given}
+    return {name: value for name, value in row.items() if name not in aliases} | renamed
 
 
 def read_captions(paths, given):
     """The rows of all files, with the `given` texts under our names.  A sample of a shard or a line of text without a
-    caption is passed over, as the web has such samples.  Any other text that is missing is a ValueError."""
+    caption is passed over, as the web has such samples.  Any other text that is missing makes a row a broken one."""
+    rows = []
     for path in paths:
-        may_lack = () if path.suffix == ".jsonl" else ("caption",)
-        number = 1                                            # of the entry that is read now
-        try:
-            for row in read_rows(path):
-                row = rename(row, given, may_lack)
-                if row["caption"]:
-                    yield row
-                number += 1
-        except (ValueError, tarfile.TarError) as error:
-            raise ValueError(f"{path}, entry {number}: {error}") from None
+        may_lack = ("caption",) if path.suffix == ".tar" else ()
+        read = read_entries(read_rows(path), lambda row: rename(row(), given, may_lack))
+        rows += [row for _, row in read if row["caption"]]
+    return rows
 
 
 # ---- answers and their checks --------------------------------------------------------------------------------------
@@ -251,11 +263,10 @@ def generate(model, tokenizer, prompts, temperature):
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
-def make_jobs(paths, kinds, args):
+def make_jobs(rows, kinds, args):
     """What is known of each edit that a model shall complete: with --reverse-only all but the reverse instruction,
     otherwise a caption and a kind of edit."""
-    given = TEXTS[:3] if args.reverse_only else TEXTS[:1]
-    for n, row in enumerate(read_captions(paths, given)):
+    for n, row in enumerate(rows):
         if args.reverse_only:
             yield row
         else:
@@ -285,13 +296,17 @@ def ask(model, tokenizer, prompt, jobs, done, args, progress):
     done: the number of edits before this round"""
     given, wanted = fields(args)
     results = [("not asked yet", None)] * len(jobs)
+    for i, tokens in enumerate(tokenizer([show(job, given) for job in jobs]).input_ids):
+        if len(tokens) > GIVEN_TOKENS:        # it is not asked: it may not fit, and CLIP would not read it whole
+            results[i] = (TOO_LONG, jobs[i] | {"reason": TOO_LONG, "answer": ""})
+            progress.update()
     for attempt in range(TRIES):
         # A seed for each try of a round: a run that was stopped ends as one that was not.
         torch.manual_seed(random.Random(f"{args.seed} {done} {attempt}").getrandbits(63))
         temperature = args.temperature
         if attempt > 0 and temperature == 0:
             temperature = RETRY_TEMPERATURE
-        rejected = [i for i, (reason, _) in enumerate(results) if reason]
+        rejected = [i for i, (reason, _) in enumerate(results) if reason not in (None, TOO_LONG)]
         for start in range(0, len(rejected), args.batch_size):
             asked = rejected[start:start + args.batch_size]
             prompts = [f"{prompt}Given: {show(jobs[i], given)}\nAnswer:" for i in asked]
@@ -313,7 +328,7 @@ def finish(part, output, rejects, total):
         results = [json.loads(line) for line in islice(file, 1, None)]
     for path, is_reject in ((rejects, True), (output, False)):
         kept = [json.dumps(edit, ensure_ascii=False) + "\n" for reason, edit in results if bool(reason) == is_reject]
-        replace_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+        replace_file(path, lambda temporary: temporary.write_text("".join(kept), "utf-8", "backslashreplace"))
     part.unlink()
     reasons = Counter(reason for reason, _ in results)
     print(f"{output}: {reasons[None]} of {total} edits; the others are in {rejects}")
@@ -331,14 +346,15 @@ def run(args):
         raise ValueError(f"--output {args.output}: there is no such folder")
     if args.edits > len(kinds):
         raise ValueError(f"--edits {args.edits}: {PROMPT} shows only {len(kinds)} kinds of edit, {', '.join(kinds)}")
-    total = sum(1 for _ in make_jobs(paths, kinds, args))     # reads all, so that bad input is found before any work
+    rows = read_captions(paths, TEXTS[:3] if args.reverse_only else TEXTS[:1])
+    total = len(rows) * args.edits
     if not total:
         raise ValueError("--input holds no caption")
 
     # ---- the model
     model, tokenizer = load(args.model, args.device)
     longest = getattr(model.config, "max_position_embeddings", float("inf"))
-    if len(tokenizer(prompt).input_ids) + 2 * NEW_TOKENS > longest:
+    if len(tokenizer(prompt).input_ids) + GIVEN_TOKENS + NEW_TOKENS > longest:
         raise ValueError(f"--model {args.model} reads {longest} tokens, too few for {PROMPT}, a caption and an answer")
 
     # ---- what is done
@@ -350,8 +366,10 @@ def run(args):
     print(f"{said}, done {done}, dtype {model.dtype}", flush=True)
 
     # ---- what is not
-    jobs = islice(make_jobs(paths, kinds, args), done, None)
-    with open(part, "a", encoding="utf-8") as file, tqdm(total=total, initial=done, unit="edit") as progress:
+    jobs = islice(make_jobs(rows, kinds, args), done, None)
+    # A lone half character in a field that is kept, as in a URL, is written as JSON writes it: \ud800.
+    with (open(part, "a", encoding="utf-8", errors="backslashreplace") as file,
+          tqdm(total=total, initial=done, unit="edit") as progress):
         for batch in iter(lambda: list(islice(jobs, size)), []):
             results = ask(model, tokenizer, prompt, batch, done, args, progress)
             file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)

@@ -1,16 +1,20 @@
 """edit.py as a user runs it, on the tiny random model of golden/, whose images mean nothing."""
+import io
 import json
+import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 import edit
-from pictures import load_image, save_png
+from pictures import from_pil, load_image, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests/golden/model"
@@ -67,11 +71,86 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
     assert load_image(tmp_path / "deep.png").abs().max() < 0.01
 
 
+def p3_profile():
+    """Display P3, as phones embed it: pillow's sRGB with other primaries."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    primaries = {b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189),
+                 b"bXYZ": (0.15710, 0.06657, 0.78407)}
+    for entry in range(132, 132 + 12 * struct.unpack_from(">I", profile, 128)[0], 12):
+        name, offset, _ = struct.unpack_from(">4sII", profile, entry)
+        if name in primaries:
+            struct.pack_into(">3i", profile, offset + 8, *(round(x * 65536) for x in primaries[name]))
+    return bytes(profile)
+
+
+def cmyk_profile():
+    """A printer whose inks are all grey: L* falls from 100 to 0 with K, and C, M and Y do nothing."""
+    ramp = bytes(range(256))
+    grid = b"".join(bytes([255 * (1 - n % 2), 128, 128]) for n in range(16))
+    identity = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + ramp * 4 + grid + ramp * 3
+    head = struct.pack(">I4sI4s4s4s12x4s28x3i48x", 144 + len(lut), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ",
+                       b"acsp", 63190, 65536, 54061)
+    return head + struct.pack(">I4sII", 1, b"A2B0", 144, len(lut)) + lut
+
+
+@pytest.mark.parametrize("mode, colour, profile, shown", [
+    ("RGB", (234, 51, 35), p3_profile(), (255, 0, 0)), ("RGBA", (234, 51, 35, 255), p3_profile(), (255, 0, 0)),
+    ("RGBA", (234, 51, 35, 0), p3_profile(), (255, 255, 255)), ("P", (234, 51, 35), p3_profile(), (255, 0, 0)),
+    ("RGB", (120, 130, 140), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), (120, 130, 140)),
+    ("CMYK", (255, 255, 255, 0), cmyk_profile(), (255, 255, 255)), ("CMYK", (0, 0, 0, 255), cmyk_profile(), (0, 0, 0)),
+    # what is broken, or of another kind than the picture, is ignored
+    ("RGB", (234, 51, 35), b"no profile", (234, 51, 35)), ("RGB", (234, 51, 35), p3_profile()[:300], (234, 51, 35)),
+    ("RGB", (234, 51, 35), cmyk_profile(), (234, 51, 35)), ("L", 100, p3_profile(), (100, 100, 100)),
+    ("CMYK", (0, 255, 255, 0), p3_profile(), (255, 0, 0)),
+])
+def test_colours_are_those_of_the_embedded_profile(tmp_path, mode, colour, profile, shown):
+    if mode == "P":
+        image = Image.new("RGB", (8, 8), colour).quantize()
+    else:
+        image = Image.new(mode, (8, 8), colour)
+    image.save(tmp_path / "in.tif", icc_profile=profile)
+    pixels = (load_image(tmp_path / "in.tif") + 1) * 127.5
+    assert (pixels - torch.tensor(shown)[:, None, None]).abs().max() <= 2, pixels[:, 0, 0]
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("kind, extra, turned", [
+    # the second field, the resolution, is -1/0, which pillow cannot write again
+    ("JPEG", struct.pack("<H", 2) + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHII", 0x11a, 10, 1, 38)
+     + bytes(4) + struct.pack("<ii", -1, 0), True),
+    ("PNG", chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06"), False),
+    ("PNG", chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"{node}" * 400_000)), False),
+    ("PNG", chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(range(256)) * 8200)), False),
+])
+def test_damaged_exif_and_long_texts_do_not_matter(kind, extra, turned):
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(file, kind)
+    content, place = file.getvalue(), 33                      # behind the header of a PNG
+    if kind == "JPEG":
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + extra
+        extra, place = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif, 2
+    image = load_image("in", content[:place] + extra + content[place:])
+    assert image.shape == ((3, 6, 4) if turned else (3, 4, 6))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_orientations_are_as_pillow_turns_them(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = load_image(picture(tmp_path / "exif.png", (30, 20), exif=exif))
+    with Image.open(tmp_path / "exif.png") as file:
+        assert torch.equal(turned, from_pil(ImageOps.exif_transpose(file)))
+
+
 def test_saved_images_are_read_back_exactly(tmp_path):
     image = load_image(picture(tmp_path / "a.png"))
-    save_png(image, tmp_path / "b.png", {"edit": "make it ❄"})
+    save_png(image, tmp_path / "b.png", {"edit": "make it ❄", "model": "caf\udce9"})
     assert torch.equal(load_image(tmp_path / "b.png"), image)
-    assert Image.open(tmp_path / "b.png").text["edit"] == "make it ❄"
+    assert Image.open(tmp_path / "b.png").text == {"edit": "make it ❄", "model": "caf\\udce9"}
 
 
 def test_one_command_has_one_result_and_says_its_settings(tmp_path, capsys):
@@ -115,6 +194,39 @@ def test_a_folder_is_edited_image_by_image(tmp_path):
         run(tmp_path / "in" / name, tmp_path / "alone.png", *WORDS)
         together = load_image((tmp_path / "out" / name).with_suffix(".png"))
         assert (together - load_image(tmp_path / "alone.png")).abs().max() <= 2.1 / 255
+
+
+def test_a_folder_as_people_have_it(tmp_path, capsys):
+    """What pillow reads is edited, whatever its name; what it does not is counted; broken images stop no others."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name, kind in (("a.jfif", "JPEG"), ("b.AVIF", "AVIF"), ("c.jp2", "JPEG2000"), ("d.jpe", "JPEG")):
+        picture(source / name, format=kind)
+    picture(tmp_path / "e.png")
+    shutil.move(tmp_path / "e.png", os.fsencode(source) + b"/caf\xe9.png")      # no UTF-8
+    for name in ("._a.jfif", ".hidden.png", "notes.txt", "1.HEIC", "2.heic"):
+        (source / name).write_bytes(b"\0\5\x16\7")
+    run(source, output, *WORDS)                               # ends without a status
+    assert sorted(os.listdir(os.fsencode(output))) == [b"a.png", b"b.png", b"c.png", b"caf\xe9.png", b"d.png"]
+    said = capsys.readouterr().out
+    assert "(save HEIC as JPEG): 2 .heic, 1 .txt" in said and "caf\\udce9.png" in said
+
+    (source / "b.AVIF").write_bytes((source / "a.jfif").read_bytes()[:500])
+    picture(source / "c.jp2", (1, 600), format="PNG")         # too long for an edit
+    shutil.rmtree(output)
+    with pytest.raises(SystemExit) as stop:
+        run(source, output, *WORDS)
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.endswith("edit.py: error: 2 of 5 images are broken, see above\n")
+    assert "skipped " in said and "b.AVIF cannot be read" in said and "c.jp2, of 1x600" in said
+    assert sorted(os.listdir(os.fsencode(output))) == [b"a.png", b"caf\xe9.png", b"d.png"]
+
+
+def test_heic_is_told_to_be_saved_as_jpeg(tmp_path, capsys):
+    (tmp_path / "1.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    for source in (tmp_path / "1.heic", tmp_path):
+        error = refuse(capsys, "--input", source, "--output", tmp_path / "out.png", *FAST, *WORDS)
+        assert "JPEG" in error and "damaged" not in error
 
 
 def test_reverse_draws_the_cycle_and_does_not_change_the_edit(tmp_path):
@@ -200,10 +312,11 @@ def test_bad_images_are_refused(tmp_path, capsys):
                        ("bigger.png", "64,000,000"),
                        ("float.tif", "16 bits"), ("long.png", "long.png, of 1x600")):
         assert word in refuse(capsys, "--input", tmp_path / name, "--output", tmp_path / "out.png", *FAST, *WORDS)
+    for name, other in (("loop.png", "pool.png"), ("pool.png", "loop.png")):
+        (tmp_path / name).symlink_to(other)
+    assert "no such" in refuse(capsys, "--input", tmp_path / "loop.png", "--output", tmp_path / "out.png", *WORDS)
     (tmp_path / "folder").mkdir()
     shutil.copy(good, tmp_path / "folder/a.png")
-    shutil.copy(tmp_path / "cut.png", tmp_path / "folder/b.png")  # one bad image, and none is edited
-    assert "b.png" in refuse(capsys, "--input", tmp_path / "folder", "--output", tmp_path / "out", *FAST, *WORDS)
     shutil.copy(good, tmp_path / "folder/a.bmp")
     assert "one name" in refuse(capsys, "--input", tmp_path / "folder", "--output", tmp_path / "out", *FAST, *WORDS)
     assert not (tmp_path / "out.png").exists() and not (tmp_path / "out").exists()
