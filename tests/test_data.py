@@ -1,6 +1,8 @@
 """The order of samples, and where they come from: folders of images, shards, InstructPix2Pix's tree, mixes."""
 import io
 import json
+import random
+import shutil
 import tarfile
 from collections import Counter
 from itertools import islice
@@ -195,8 +197,10 @@ ROW = {"image": "a.png", "caption": "a", "instruction": "b", "edited_caption": "
     ([], False, "is empty"),
     ([ROW, "{oops"], False, "line 2:"), ([ROW, ROW, ROW | {"caption": None}], False, "line 3:.*caption"),
     ([ROW, ROW | {"instruction": "  "}], False, "line 2:.*instruction"),
-    ([ROW | {"image": 3}], False, "line 1:.*image"), ([ROW], True, "line 1:.*edited_image"),
-    ([ROW, [1]], False, "line 2:"), ([ROW, "", ROW], False, "line 2:"),
+    ([ROW | {"image": 3}], False, "line 1:.*image"),
+    ([{"input_image": "a.png", "caption": "a"}], False, "line 1: no text for image or file_name or I_input"),
+    ([ROW, "x" * 2 ** 24], False, "line 2 has more than 16,777,216 bytes"), ([ROW], True, "line 1:.*edited_image"),
+    ([ROW, [1]], False, "line 2:"), ([ROW, "", "oops"], False, "line 3:.*1 of 2"),
     (["[" * 100_000], False, "line 1:"), ([ROW | {"edits": 5}], False, "line 1:.*edits"),
     ([ROW | {"edits": ["a"]}], False, "line 1:"), ([ROW | {"caption": "\ud800"}], False, "line 1:"),
     ([ROW | {"edits": [{}, {"caption": "x" * 10_001}]}], False, "line 1:.*10,000"),
@@ -214,11 +218,29 @@ def test_a_bad_listing_is_refused_by_line(tmp_path, lines, pairs, says):
 def test_one_broken_line_in_a_hundred_is_reported_and_skipped(tmp_path, capsys, bad, stops):
     (tmp_path / "metadata.jsonl").write_text("\n".join(["oops"] * bad + [json.dumps(ROW)] * (100 - bad)))
     if stops:
-        with pytest.raises(ValueError, match="line 1: .*2 of 100 lines"):
+        with pytest.raises(ValueError, match="line 1: .*2 of 100 are broken"):
             Folder(tmp_path, 32)
     else:
         assert len(Folder(tmp_path, 32).items) == 99
         assert "metadata.jsonl line 1: " in capsys.readouterr().err
+
+
+def test_blank_lines_and_a_byte_order_mark_do_not_count(tmp_path):
+    line = json.dumps(ROW).encode()
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line + b"\n \n")
+    source = Folder(tmp_path, 32)
+    assert [name[-6:] for name, _ in source.items] == ["line 1", "line 3"] and source.items[0][1] == source.items[1][1]
+
+
+def test_a_listing_may_name_images_outside_of_its_folder(tmp_path):
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    folder(tmp_path / "out")
+    for image in ("../out/a.png", str(tmp_path / "out/a.png")):
+        (tmp_path / "in/metadata.jsonl").write_text(json.dumps(ROW | {"image": image}))
+        source = Folder(tmp_path / "in", 32)
+        _, (read,) = source.open(random, *source.items[0])
+        assert torch.equal(read, load_image(tmp_path / "out/a.png"))
 
 
 def test_the_papers_names_and_a_list_of_edits(tmp_path):
@@ -288,19 +310,37 @@ def test_an_epoch_of_shards_shows_every_sample_once_in_an_order_of_its_own(tmp_p
     assert all(sorted(epoch[:4]) != epoch[:4] for epoch in epochs) and len({epoch[0][:5] for epoch in epochs}) > 1
 
 
-def test_of_what_was_seen_before_only_headers_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BUFFER", 4)
-    source, opened, extract = Shards(some_shards(tmp_path, 20), 16), [], tarfile.TarFile.extractfile
+def test_only_samples_that_are_drawn_are_read(tmp_path, monkeypatch):
+    source, read, original = Shards(some_shards(tmp_path, 20), 16), [], shards.read_member
 
-    def watched(tar, member):
-        opened.append(member.name)
-        return extract(tar, member)
-    monkeypatch.setattr(tarfile.TarFile, "extractfile", watched)
-    next(source.order(0, 17))
-    assert len(opened) == 3 * 4
-    opened.clear()
-    next(source.order(0, 57))                                 # in the third epoch
-    assert len(opened) == 3 * 4
+    def watched(shard, *place):
+        read.append(place)
+        return original(shard, *place)
+    monkeypatch.setattr(shards, "read_member", watched)
+    draw(source, 2, first=57)                                 # in the third epoch
+    assert len(read) == 2 * 3                                 # the image and the texts of each
+
+
+def test_the_files_of_a_sample_may_stand_anywhere_in_a_shard(tmp_path):
+    """A shard that is not sorted, and one that a Mac packed, with ._NAME beside each NAME."""
+    texts = {"1": json.dumps(EDIT).encode(), "2": json.dumps(EDIT).encode()}
+    images = [(f"./{key}.jpg", jpeg()) for key in texts]
+    write_shard(tmp_path / "a.tar", [*images, *((f"./{key}.json", text) for key, text in texts.items()),
+                                     *((f"./{key}.txt", key.encode()) for key in texts)])
+    members = []
+    for key, text in texts.items():
+        for name, content in ((f"{key}.jpg", jpeg()), (f"{key}.json", text), (f"{key}.txt", key.encode())):
+            members += [(f"./._{name}", b"\0\5\x16\7"), (f"./{name}", content)]
+    write_shard(tmp_path / "b.tar", members)
+    for name in ("a.tar", "b.tar"):
+        assert Counter(draw(Shards(f"{tmp_path}/{name}", 16), 6)[1]) == {"1": 3, "2": 3}
+
+
+def test_shards_that_cannot_be_meant(tmp_path):
+    for pattern, says in (("{0..100000000}.tar", "100,000 numbers"), ("{7..3}.tar", "from 1 to"),
+                          ("{0..3}.tar.gz", "unpack"), ("a.tgz", "unpack")):
+        with pytest.raises(ValueError, match=says):
+            open_source(f"{tmp_path}/{pattern}", "train", 16)
 
 
 def test_a_range_a_pattern_and_a_path_of_shards(tmp_path):
@@ -462,6 +502,17 @@ def test_bad_seeds_are_refused_in_one_line(tmp_path, text):
     with pytest.raises(ValueError, match="seeds.json") as error:
         InstructPix2Pix(tmp_path, "train", 16, pairs=True)
     assert "\n" not in str(error.value)
+
+
+def test_directories_that_are_not_there_are_counted_at_the_start(tmp_path, capsys):
+    tree(tmp_path, 40, seeds=[1])
+    for n in (3, 5, 37):
+        shutil.rmtree(tmp_path / f"{n:07}")
+    source = InstructPix2Pix(tmp_path, "train", 16, pairs=True)
+    assert len(all_of(source).captions) == 34 and source.named == 36
+    said = capsys.readouterr().out
+    assert "2 of 36 directories" in said and "0000003" in said and said.count("\n") == 1
+    assert [item[0].name for item in InstructPix2Pix(tmp_path, "validation", 16, pairs=True).items] == ["0000036"]
 
 
 def test_a_directory_of_which_no_seed_is_named_is_a_broken_sample(tmp_path):

@@ -326,7 +326,7 @@ def test_another_editors_folder_is_scored(tmp_path, brush, dino_path):
 
 def test_several_step_counts_and_a_subset_are_said(tmp_path, brush, dino_path):
     table, lines, rows = run(tmp_path, dino_path, brush, "--models", MODEL, "--steps", 1, 3, "--limit", 2)
-    assert "ONLY 2 of 3 sessions (--limit), not the published protocol" in lines[0]
+    assert "ONLY 2 of 3 sessions, not the published protocol" in lines[0]
     assert {row["output"][:4] for row in rows} == {"1000", "1001"}
     values = [table["single-turn", f"{MODEL}, {n} steps"] for n in (1, 3)]
     assert values[0] != values[1]
@@ -408,6 +408,12 @@ def test_the_test_split_is_the_last_twentieth(tmp_path):
     assert samples[1].captions == (e.scene.caption, e.edited.caption)
 
 
+def test_the_test_split_counts_what_is_not_unpacked(tmp_path):
+    shutil.rmtree(instruct_pix2pix(tmp_path) / "0000038")
+    samples, named = read_test_split(tmp_path, None)
+    assert [sample.output for sample in samples] == ["0000039_44.png"] and named == 2
+
+
 def test_the_curve_of_a_model_and_of_another_editors_points(tmp_path, judges, capsys):
     data, other = instruct_pix2pix(tmp_path / "data", 60), tmp_path / "other"
     samples, _ = read_test_split(data, None)
@@ -436,7 +442,7 @@ def test_the_curve_of_a_model_and_of_another_editors_points(tmp_path, judges, ca
     with Image.open(tmp_path / "out/curve.png") as sheet:
         assert len(sheet.getcolors(10 ** 6)) > 7
     published.main([*map(str, argv), *map(str, flags), "--limit", "1"])
-    assert "ONLY 1 of 3 samples (--limit)" in (tmp_path / "out/curve.md").read_text()
+    assert "ONLY 1 of 3 samples, not" in (tmp_path / "out/curve.md").read_text()
 
     (other / "true" / samples[2].output).unlink()
     assert "1 of 6 images are missing" in refuse(capsys, *argv, "--outputs", other)
@@ -455,8 +461,9 @@ def test_bad_trees_are_refused(tmp_path, capsys):
     for n, (row, words) in enumerate((
             (["../outside/0000000", [5]], "not one of a directory"), (["0000019", []], "has no seed"),
             (["0000019", ["../5"]], "has no seed"), (["0000019", [99]], "99_0.jpg is missing"),
-            (["missing", [1]], "prompt.json"))):
+            (["missing", [1]], "no directory for test"), (["wordless", [1]], "wordless/prompt.json is missing"))):
         path = instruct_pix2pix(tmp_path / f"data{n}", 20)
+        (path / "wordless").mkdir()
         rows = json.loads((path / "seeds.json").read_text())
         (path / "seeds.json").write_text(json.dumps(rows[:19] + [row]))
         assert words in refuse(capsys, "curve", path, *judge)

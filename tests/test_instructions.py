@@ -255,6 +255,52 @@ def test_captions_are_read_from_text_json_and_shards(tmp_path):
     assert read("a.txt", "*.tar")[1:3] == [{"caption": "two cats"}, shards[0]]
 
 
+def test_texts_as_people_have_them(tmp_path, capsys):
+    """Blank lines, a byte order mark, ._NAME in a shard, one that is not sorted; one broken of a hundred is skipped."""
+    dogs = [f"dog {n}" for n in range(99)]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa boat\r\n\r\na dog\n")
+    write(tmp_path / "half.jsonl", *({"caption": dog} for dog in dogs), "", {"caption": "\ud800"})
+    write(tmp_path / "long.jsonl", *({"caption": dog} for dog in dogs), {"caption": "word " * 200_000})
+    members = {f"{n}.txt": dog.encode() for n, dog in enumerate(dogs)}
+    shard(tmp_path / "mac.tar", {f"./{prefix}{name}": b"\xff" if prefix else text for name, text in members.items()
+                                 for prefix in ("._", "")})
+    shard(tmp_path / "unsorted.tar", {f"{n}.jpg": b"x" for n in range(99)} | members)
+    shard(tmp_path / "latin.tar", members | {"100.txt": b"\xe9"})
+    shard(tmp_path / "ab.tar", members | {"x.txt": b""})
+    damaged = bytearray((tmp_path / "ab.tar").read_bytes())
+    with tarfile.open(tmp_path / "ab.tar") as tar:
+        start = tar.getmember("x.txt").offset
+    damaged[start:start + 512] = b"x" * 512
+    (tmp_path / "damaged.tar").write_bytes(damaged)
+    assert read_captions([tmp_path / "a.txt"], TEXTS[:1]) == [{"caption": "a boat"}, {"caption": "a dog"}]
+    for name, broken in (("half.jsonl", "line 101"), ("long.jsonl", "more than 10,000 bytes"), ("mac.tar", ""),
+                         ("unsorted.tar", ""), ("latin.tar", "latin.tar '100'"), ("damaged.tar", "unexpected end")):
+        assert [row["caption"] for row in read_captions([tmp_path / name], TEXTS[:1])] == dogs, name
+        err = capsys.readouterr().err
+        assert broken in err and bool(broken) == ("(1 of 100)" in err), name
+
+
+def test_what_no_model_reads_whole_is_not_asked_and_odd_fields_are_kept(guessing, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(instructions, "GIVEN_TOKENS", 40)
+    monkeypatch.setattr(instructions, "generate", lambda model, tokenizer, prompts, _: asked.extend(prompts) or
+                        [json.dumps({name: GOOD[name] for name in TEXTS[1:]})] * len(prompts))
+    source = write(tmp_path / "in.jsonl", {"caption": "far " * 100}, {"caption": GOOD["caption"], "url": "\ud800"})
+    edits, rejects = run(guessing, source, tmp_path / "out.jsonl")
+    assert len(asked) == 1 and [row["url"] for row in edits] == ["\ud800"]
+    assert [row["reason"] for row in rejects] == [instructions.TOO_LONG]
+
+
+def test_the_folder_of_instruct_pix2pix_is_read(tmp_path, capsys):
+    for name in ("0000001", "0000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompt.json").write_text(json.dumps({"input": name, "edit": "b", "output": "c"}))
+    (tmp_path / "seeds.json").write_text(json.dumps([["0000001", [1]], ["0000002", []], ["0000003", [2]]]))
+    assert read_captions(find_files([str(tmp_path)]), TEXTS[:3]) == [
+        {"caption": name, "instruction": "b", "edited_caption": "c", "key": name} for name in ("0000001", "0000002")]
+    assert "1 of 3 directories" in capsys.readouterr().out
+
+
 def test_instruct_pix2pix_is_read_by_its_names(tmp_path):
     write(tmp_path / "a.jsonl", dict(zip(("input", "edit", "output"), GOOD.values())),
           {"original_prompt": "a", "edit_prompt": "b", "edited_prompt": "c", "url": "d"})
@@ -434,10 +480,10 @@ def test_bad_input_is_refused(guessing, tmp_path, capsys):
     for name, word in (("absent.txt", "no such"), ("a.csv", ".txt, .jsonl or .tar"), ("*.png", "no such"),
                        (".", "no such"), ("{0..1}.tar", "0.tar"), ("empty.txt", "no caption"),
                        ("blank.txt", "no caption"),
-                       ("broken.jsonl", "broken.jsonl, entry 2"), ("list.jsonl", "no JSON object"),
-                       ("deep.jsonl", "deep.jsonl, entry 1"),
-                       ("wordless.jsonl", "no text for caption or text"), ("latin.txt", "latin.txt, entry 2"),
-                       ("cut.tar", "cut.tar"), ("odd.tar", "odd.tar, entry 2")):
+                       ("broken.jsonl", "broken.jsonl line 2"), ("list.jsonl", "no JSON object"),
+                       ("deep.jsonl", "deep.jsonl line 1"),
+                       ("wordless.jsonl", "no text for caption or text"), ("latin.txt", "latin.txt line 2"),
+                       ("cut.tar", "cut.tar"), ("odd.tar", "odd.tar '2'")):
         assert word in refuse(capsys, "--model", guessing, "--input", tmp_path / name, "--output", output), name
     good = "--model", guessing, "--input", good, "--output", output
     assert "no text for instruction" in refuse(capsys, *good, "--reverse-only")
