@@ -20,7 +20,6 @@ from pictures import load_image
 
 LARGEST = 2 ** 26                              # bytes that are read of a member of a shard
 MOST_SHARDS = 100_000                          # of a range
-BUFFER = 1000                                  # samples of shards that are shuffled together
 IMAGES = ("jpg", "jpeg", "png", "webp")        # of a shard; its other members may be of any kind
 
 
@@ -136,7 +135,7 @@ def key_and_kind(name):
 
 
 def read_headers(shard):
-    """The samples of a tar file, {key: {kind: (offset, bytes)}}, and what is wrong with it, or "".
+    """The samples of a tar file, {key: {kind: (offset, bytes)}}, and what is wrong with it or "".
     The files of a sample may stand anywhere.  Of files of one name, the last counts, as for tar.
     Hidden ones do not: macOS packs ._NAME beside each NAME."""
     samples = {}
@@ -151,7 +150,7 @@ def read_headers(shard):
             if tar.fileobj.read(512) != bytes(512):    # tarfile takes a damaged header for the end
                 raise tarfile.ReadError("unexpected end of data")
     except Exception as error:                 # on damaged archives, tarfile raises many kinds
-        return samples, str(error)
+        return samples, str(error) or repr(error)
     return samples, ""
 
 def read_member(shard, offset, size):
@@ -176,29 +175,30 @@ class Shards(Source):
                 raise ValueError(f"{shard}: there is no such shard")
 
     def order(self, seed, first, share=slice(None)):
-        """As of every source; only headers are read."""
+        """As of every source: the shards, and then the samples of each, in an order that depends on
+        seed and epoch.  Only headers are read."""
         for epoch in itertools.count():
-            samples = self.samples(self.shuffled(seed, epoch, share))
-            rng = random.Random(f"{seed} {epoch}")
-            block = None
-            for block in iter(lambda: list(itertools.islice(samples, BUFFER)), []):
-                rng.shuffle(block)
-                yield from ((epoch, item) for item in block[first:])
-                first = max(first - len(block), 0)
-            if block is None:
+            rng, total = random.Random(f"{seed} {epoch}"), 0
+            for shard in self.shuffled(seed, epoch, share):
+                samples = self.samples(shard)
+                rng.shuffle(samples)
+                yield from ((epoch, item) for item in samples[first:])
+                first = max(first - len(samples), 0)
+                total += len(samples)
+            if not total:
                 what = "image that the side file names" if self.side else "image"
                 raise ValueError(f"{self.pattern} has no {what} ({', '.join(IMAGES)})")
 
-    def samples(self, shards):
-        """(name, shard, places in it, edits by the side file) of each sample that has an image, and
-        (name, shard, what is wrong, []) at the end of a damaged shard."""
-        for shard in shards:
-            samples, problem = read_headers(shard)
-            for key, places in samples.items():
-                if not places.keys().isdisjoint(IMAGES) and (not self.side or key in self.side):
-                    yield f"{shard} {key!r}", shard, places, self.side.get(key, [{}])
-            if problem:
-                yield shard, shard, problem, []
+    def samples(self, shard):
+        """[(name, shard, places in it, edits by the side file), ...] of the samples that have an
+        image; if the shard is damaged, the last is (name, shard, what is wrong, [])."""
+        samples, problem = read_headers(shard)
+        items = [(f"{shard} {key!r}", shard, places, self.side.get(key, [{}]))
+                 for key, places in samples.items()
+                 if not places.keys().isdisjoint(IMAGES) and (not self.side or key in self.side)]
+        if problem:
+            items.append((shard, shard, problem, []))
+        return items
 
     def open(self, rng, name, shard, places, more):
         if isinstance(places, str):

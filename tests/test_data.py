@@ -300,8 +300,7 @@ def draw(source, count, batch_size=1, **options):
     return drawn, [caption for batch in drawn for caption in batch.captions]
 
 
-def test_an_epoch_of_shards_shows_every_sample_once_in_an_order_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BUFFER", 4)
+def test_an_epoch_of_shards_shows_every_sample_once_in_an_order_of_its_own(tmp_path):
     pattern = some_shards(tmp_path, 5, 3, 6)
     _, order = draw(Shards(pattern, 16), 42)
     epochs = [order[i:i + 14] for i in range(0, 42, 14)]
@@ -541,8 +540,7 @@ KINDS = ("folder", "shards", "tree", "mix")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_source_resumes_at_the_very_sample_with_any_number_of_workers(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(shards, "BUFFER", 4)
+def test_every_source_resumes_at_the_very_sample_with_any_number_of_workers(tmp_path, kind):
     source = some_source(kind, tmp_path / "data")
     whole, captions = draw(source, 16, 3)
     assert set(Counter(captions[:42]).values()) == {3} or kind == "mix"
