@@ -8,6 +8,7 @@
 MODEL is timbrooks/instruct-pix2pix, or one that train.py wrote, as runs/photos/best.
 An image is resized for the edit, not cropped, and the result is as large as the input.  A model
 may recommend steps, guidance scales and a resolution (edit_defaults.json); flags overrule them.
+Broken images of a folder are skipped and reported, and the exit status is 1.
 """
 import os
 import sys

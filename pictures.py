@@ -19,9 +19,8 @@ from PIL import (Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from cli import replace_file
 
 MAX_PIXELS = 64_000_000
-# Pillow refuses what has more than twice its maximum, and from once on it warns.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2       # pillow refuses what has more than twice its maximum
+warnings.filterwarnings("ignore", module="PIL")        # of what viewers show without a word
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26        # bytes; some programs keep whole workflows there
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}     # EXIF's orientation -> Image.Transpose
 ORIENTATION, SRGB = 0x0112, ImageCms.createProfile("sRGB")

@@ -279,7 +279,7 @@ def resume(part, header, size, total):
     if not part.exists():
         replace_file(part, lambda path: path.write_text(header, encoding="utf-8"))
     with open(part, "r+b") as file:
-        begun = file.readline().decode()
+        begun = file.readline().decode(errors="replace")
         if begun != header:
             raise ValueError(f"{part} was begun by another command: {begun.strip()}; give that one, or remove the file")
         done, end = 0, file.tell()
