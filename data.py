@@ -149,7 +149,8 @@ class Source(torch.utils.data.Dataset):
     def load(self, epoch, item):
         """The image, with `pairs` also the edited one, (1 or 2, 3, H, W), and the four TEXTS.  In
         each epoch, a square is cut out at another place, and flipped half of the time."""
-        rng = random.Random(f"{self.seed} {epoch} {item[0]}")
+        name = f"{self.seed} {epoch} {item[0]}"
+        rng = random.Random(name.encode(errors="surrogateescape"))    # a path may be no UTF-8
         edit, images = self.open(rng, *item)
         if len({image.shape for image in images}) > 1:
             raise ValueError("the image and the edited image differ in size")

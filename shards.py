@@ -99,8 +99,8 @@ class InstructPix2Pix(Source):
         items = [item for item in named if item[0] not in missing]
         self.named = len(named)
         if missing:
-            print(f"left out: {len(missing)} of {len(named)} directories that {listing} names for "
-                  f"{split} are not there, the first is {min(missing)}; is all unpacked?")
+            print(f"{listing}, {split}: {len(missing)} of {len(named)} directories are not there "
+                  f"and left out, the first is {min(missing)}; is all unpacked?")
         if not items:
             needs = "" if pairs else " of which the side file (--texts) has a reverse instruction"
             raise ValueError(f"{listing} has no directory for {split}{needs}")

@@ -243,6 +243,12 @@ def test_a_listing_may_name_images_outside_of_its_folder(tmp_path):
         assert torch.equal(read, load_image(tmp_path / "out/a.png"))
 
 
+def test_a_path_need_not_be_utf_8(tmp_path):
+    path = tmp_path / "caf\udce9"
+    path.mkdir()
+    assert all_of(Folder(folder(path), 32)).captions == ["sky 0"]
+
+
 def test_the_papers_names_and_a_list_of_edits(tmp_path):
     folder(tmp_path)
     edits = [{"C_f": f"f{n}", "T_edit": f"t{n}", "C_r": f"r{n}"} for n in range(3)]
