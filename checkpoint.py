@@ -4,12 +4,16 @@ A model is a directory or an id of the hub, with SD 1.5's unet/, vae/, text_enco
 scheduler/.  Only safetensors are read.  Errors are a ValueError of one line that names the file.
 """
 import json
+import re
+import sys
 import tempfile
+from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -21,25 +25,10 @@ from unet import SD15, UNet, inflate_conv_in
 from vae import SD15_VAE, VAE
 
 NETWORK = "diffusion_pytorch_model"       # the name of the weights of a UNet or VAE
-VARIANTS = "", ".fp16"                    # the second one is for repositories without the first
-
-# What unet.py and vae.py are written for.  Keys of a config.json that are not here, nor in SD15 or
-# SD15_VAE, nor FREE, must be null, false or 0: they are parts that we do not have.
-FIXED_UNET = {
-    "act_fn": "silu", "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
-    "downsample_padding": 1, "conv_in_kernel": 3, "conv_out_kernel": 3, "flip_sin_to_cos": True,
-    "resnet_out_scale_factor": 1, "resnet_time_scale_shift": "default", "attention_type": "default",
-    "time_embedding_type": "positional", "transformer_layers_per_block": 1}
-FIXED_VAE = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
-             "use_post_quant_conv": True}
-FIXED_SCHEDULER = {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": False,
-                   "prediction_type": "epsilon", "num_train_timesteps": 1000, "trained_betas": None}
-FREE = {"sample_size", "force_upcast", "addition_embed_type_num_heads"}
-UNET_BLOCKS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-               "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-VAE_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-# What a model may recommend for its edits, in edit_defaults.json.
-DEFAULTS = {"steps": int, "text_guidance": float, "image_guidance": float, "resolution": int}
+WEIGHTS = f"unet/{NETWORK}", f"vae/{NETWORK}", "text_encoder/model"
+# The files of weights, first in full: one, or shards, which two versions of diffusers name.
+VARIANTS = (("{}.safetensors", "{}-*-of-?????.safetensors"),
+            ("{}.fp16.safetensors", "{}-*-of-*.fp16.safetensors", "{}.fp16-*-of-*.safetensors"))
 MODEL_INDEX = {
     "_class_name": "StableDiffusionInstructPix2PixPipeline", "requires_safety_checker": False,
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
@@ -57,116 +46,175 @@ def about(what):
         raise ValueError(f"{what}: {' '.join(str(error).split())[:300]}") from None
 
 
-# ---- find -------------------------------------------------------------------------------------
+# ---- what is supported ------------------------------------------------------------------------
+
+# The rule of each key of a config file: whole numbers (a range), numbers (Real), some values (a
+# tuple; null, false and 0 all mean "without"), a list of what has a rule ([rule]), or anything.
+Real = namedtuple("Real", "low high")
+SIZE, COUNT, WITHOUT = range(1, 65537), range(1, 65), (None,)
+RULES = {
+    # the networks
+    "in_channels": (4, 8), "out_channels": (4,), "latent_channels": (4,),
+    "block_out_channels": [range(2, 65537, 2)], "layers_per_block": COUNT,
+    "down_block_types": [("CrossAttnDownBlock2D", "DownBlock2D", "DownEncoderBlock2D")],
+    "up_block_types": [("CrossAttnUpBlock2D", "UpBlock2D", "UpDecoderBlock2D")],
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_add_attention": (True,),
+    "mid_block_scale_factor": (1,), "resnet_out_scale_factor": (1,), "downsample_padding": (1,),
+    "conv_in_kernel": (3,), "conv_out_kernel": (3,), "transformer_layers_per_block": (1,),
+    "use_quant_conv": (True,), "use_post_quant_conv": (True,), "flip_sin_to_cos": (True,),
+    "act_fn": ("silu",), "attention_type": ("default",), "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",), "norm_eps": Real(0, 1), "layer_norm_eps": Real(0, 1),
+    "scaling_factor": Real(1e-6, 1e6), "cross_attention_dim": SIZE, "hidden_size": SIZE,
+    "max_position_embeddings": SIZE, "num_hidden_layers": COUNT, "sample_size": None,
+    "force_upcast": None, "addition_embed_type_num_heads": None,
+    "norm_num_groups": None, "attention_head_dim": None,                  # see check_widths
+    # the scheduler, of which the noise schedule counts: the sampler here is always DDIM
+    "beta_schedule": ("scaled_linear",), "beta_start": Real(1e-6, 0.5), "beta_end": Real(1e-6, 0.5),
+    "trained_betas": WITHOUT, "rescale_betas_zero_snr": WITHOUT, "clip_sample": WITHOUT,
+    "thresholding": WITHOUT, "prediction_type": ("epsilon",), "num_train_timesteps": (1000,),
+    "steps_offset": range(2), "set_alpha_to_one": (None, True),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    # edit_defaults.json, what a model recommends for its edits
+    "steps": range(1, 1000), "text_guidance": Real(0, 1000), "image_guidance": Real(0, 1000),
+    "resolution": range(16, 2049)}
+PIPELINES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "InstructPix2Pix", "Img2Img"))
+
+def allows(rule, value):
+    if isinstance(rule, range):
+        return type(value) is int and value in rule
+    if isinstance(rule, Real):
+        return type(value) in (int, float) and rule.low <= value <= rule.high
+    if isinstance(rule, list):
+        return type(value) is list and len(value) <= 8 and all(allows(rule[0], v) for v in value)
+    return rule is None or (value or None) in rule
+
+def check(file, config, rules, others=None):
+    """ValueError, which names the file and the key, for a value that its rule does not allow;
+    others: the rule of all keys that have none, except those that begin with _."""
+    for key, value in config.items():
+        rule = rules.get(key, None if key.startswith("_") else others)
+        if not allows(rule, value):
+            raise ValueError(f"{file}: {key} = {value!r:.60} is not supported, only {rule}, as in "
+                             "Stable Diffusion 1.x and InstructPix2Pix")
+
+def check_widths(file, config):
+    """The same for widths that do not divide into groups of a norm, or into attention heads."""
+    widths = config["block_out_channels"]
+    for key in ("norm_num_groups", "attention_head_dim"):
+        n = config.get(key, 1)
+        n = n if isinstance(n, list) else [n] * len(widths)
+        if not allows([SIZE], n) or len(n) != len(widths) or any(w % i for w, i in zip(widths, n)):
+            raise ValueError(f"{file}: {key} = {n} does not divide block_out_channels = {widths}")
+
+
+# ---- find and read ----------------------------------------------------------------------------
 
 def find_model(path_or_id):
     """The directory of a model and the name of its UNet's folder, "unet"; for the directory of a
-    UNet inside of a model, that model and its name.  Files of the hub are downloaded once."""
+    UNet inside of a model, that model and its name."""
+    path = find(path_or_id, WEIGHTS)
+    is_unet = (path / "config.json").is_file() and (path.parent / "vae").is_dir()
+    return (path.parent, path.name) if is_unet else (path, "unet")
+
+def find(path_or_id, weights):
+    """The directory of a model.  From the hub come, once, its texts and each of `weights` (as
+    "FOLDER/NAME"), in full or, if there is nothing else, in fp16; no pickle."""
     path, name = Path(path_or_id), str(path_or_id)
     if path.is_dir():
-        is_unet = (path / "config.json").is_file() and (path.parent / "vae").is_dir()
-        return (path.parent, path.name) if is_unet else (path, "unet")
+        return path
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError(f"{name} is neither a model directory nor an id of the hub")
-    texts = ["tokenizer/*", "scheduler/*.json", "*/config.json", "edit_defaults.json"]
     with about(f"{name} is no local directory, and the hub did not give it"):
-        for variant in VARIANTS:
-            files = texts + [f"*/*.safetensors.index{variant}.json"]
-            for stem in (f"unet/{NETWORK}", f"vae/{NETWORK}", "text_encoder/model"):
-                files += [f"{stem}{variant}.safetensors", f"{stem}{variant}-*.safetensors"]
-            path = Path(snapshot_download(name, allow_patterns=files))
-            if list(path.glob("unet/*.safetensors")):
-                break
-    return path, "unet"
+        for stem in weights:
+            for variant in VARIANTS:
+                files = [pattern.format(stem) for pattern in variant]
+                path = download(name, ["*.json", "*.txt", *files])
+                if any(list(path.glob(file)) for file in files):
+                    break
+    return path
 
-def read_json(path):
-    """The JSON object in a file of a model, as a dict."""
+def download(name, patterns):
+    """A directory with files of the hub; offline, with those of them that the cache has."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        if not getattr(error, "snapshot_path", None):
+            raise
+        return Path(error.snapshot_path)          # what it lacks is named when it is read
+
+def weight_files(folder, stem):
+    """The safetensors files of a part: one, or all shards."""
+    for pattern in sum(VARIANTS, ()):
+        files = sorted(folder.glob(pattern.format(stem)))
+        if files:
+            count = re.search(r"-of-0*(\d+)", files[0].name)
+            if count and len(files) != int(count[1]):
+                raise ValueError(f"{files[0]}: of such files only {len(files)} are there")
+            return files
+    raise ValueError(f"{folder}/{stem}.safetensors is missing.  Pickles (.bin, .ckpt, .pt) are not "
+                     "read, because they may run code: docs/data.md says how to convert them once")
+
+def read(path, others=None, **rules):
+    """The JSON object in a file of a model, as a dict whose values RULES and `rules` allow."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: {path.parent} is no complete model")
     with about(path):
-        return parse_json(path.read_text())
+        refuse_pointer(path)
+        config = parse_json(path.read_bytes())
+    check(path, config, RULES | rules, others)
+    return config
 
-def weight_files(folder, stem):
-    """The safetensors files of a part (one, or the shards that an index names), and its variant."""
-    for variant in VARIANTS:
-        single = folder / f"{stem}{variant}.safetensors"
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if single.is_file():
-            return [single], variant
-        if index.is_file():
-            with about(f"{index} has no weight_map that names files"):
-                shards = sorted(set(read_json(index)["weight_map"].values()))
-                return [folder / shard for shard in shards], variant
-    for pickle in [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")]:
-        raise ValueError(f"{pickle} is a pickle, which may run code; if you trust it, convert it "
-                         f"with torch.load and safetensors.torch.save_file to {stem}.safetensors")
-    raise ValueError(f"{folder} has no {stem}.safetensors")
+def read_weights(folder, stem):
+    """The state dict of a part, of finite floats."""
+    state = {}
+    for file in weight_files(folder, stem):
+        with about(f"{file} cannot be read"):
+            refuse_pointer(file)
+            state |= load_file(file)
+    for name, weight in state.items():
+        is_float = weight.is_floating_point() or name.endswith("position_ids")    # 0, 1, 2, ..., 76
+        if not is_float or not weight.float().sum().isfinite():
+            raise ValueError(f"{folder}: {name}, of {weight.dtype}, has weights that are quantised "
+                             "or not finite; choose a model of floats")
+    return state
+
+def refuse_pointer(file):
+    with file.open("rb") as stream:
+        if stream.read(23) == b"version https://git-lfs":
+            raise ValueError("it is only a pointer of git-lfs: run `git lfs pull` in its folder")
 
 
-# ---- check and load ---------------------------------------------------------------------------
-
-def check(config, fixed, numbers):
-    """ValueError, which names the key, for a value that is not the fixed one, or no such number."""
-    for key, value in fixed.items():
-        if (config.get(key, value) or None) != (value or None):   # null, false, 0: "without"
-            raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
-    for key, kind in numbers.items():
-        if key in config and type(config[key]) not in (int, kind):
-            what = "whole number" if kind is int else "number"
-            raise ValueError(f"{key} = {config[key]!r} is no {what}")
-
-def check_network(config, defaults, fixed, blocks):
-    """The same for a config.json that unet.py or vae.py cannot build."""
-    full = defaults | config
-    channels, heads = full["block_out_channels"], full.pop("attention_head_dim", 1)
-    others = {key for key in config if key[:1] != "_"} - defaults.keys() - blocks.keys() - FREE
-    numbers = {key: int for key, value in defaults.items() if type(value) is int}
-    check(full, dict.fromkeys(others) | fixed, numbers)
-    for key, supported in blocks.items():
-        kinds = full.get(key, supported[:1] * len(channels))
-        if len(kinds) != len(channels) or not set(kinds) <= set(supported):
-            raise ValueError(f"{key} = {kinds}: only {len(channels)} of {supported} are supported")
-    heads = heads if isinstance(heads, list) else [heads] * len(channels)
-    for width, h in zip(channels, heads, strict=True):
-        if type(h) is not int or h < 1 or width % h:
-            raise ValueError(f"attention_head_dim: {width} channels do not divide into {h!r} heads")
+# ---- load -------------------------------------------------------------------------------------
 
 def load(path_or_id, device, dtype):
     """The arguments of EditModel: frozen networks on a device, a tokenizer and two configs."""
     path, unet_name = find_model(path_or_id)
-    unet = load_network(UNet, path / unet_name, SD15, FIXED_UNET, UNET_BLOCKS, inflate_conv_in)
-    vae = load_network(VAE, path / "vae", SD15_VAE, FIXED_VAE, VAE_BLOCKS, modern_names)
-    folder = path / "text_encoder"
-    variant = weight_files(folder, "model")[1].removeprefix(".") or None
-    read_json(folder / "config.json")
-    text_encoder, tokenizer = load_clip_part(CLIPTextModel, "text encoder", folder,
-                                             path / "tokenizer", dtype, variant)
+    index, recommended = path / "model_index.json", path / "edit_defaults.json"
+    if index.is_file():
+        read(index, _class_name=PIPELINES)
+    unet = load_network(UNet, path / unet_name, SD15, inflate_conv_in)
+    vae = load_network(VAE, path / "vae", SD15_VAE, modern_names,
+                       in_channels=(3,), out_channels=(3,))
+    text_encoder = load_transformer(CLIPTextModel, path / "text_encoder", dtype)
+    tokenizer = load_tokenizer(path / "tokenizer", text_encoder.config)
     width, wanted = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
     if width != wanted:
         raise ValueError(f"{path}: the text encoder's width is {width}, the UNet takes {wanted}")
-    scheduler = read_json(path / "scheduler/scheduler_config.json")
-    with about(path / "scheduler/scheduler_config.json"):
-        numbers = {"beta_start": float, "beta_end": float, "steps_offset": int}
-        check(scheduler, FIXED_SCHEDULER, numbers)
-    file = path / "edit_defaults.json"
-    defaults = read_json(file) if file.is_file() else {}
-    with about(f"{file}: a model may recommend {', '.join(DEFAULTS)}"):
-        check(defaults, dict.fromkeys(defaults.keys() - DEFAULTS.keys()), DEFAULTS)
+    scheduler = read(path / "scheduler/scheduler_config.json")
+    defaults = read(recommended, WITHOUT) if recommended.is_file() else {}
     for module in (unet, vae, text_encoder):              # convolutions are faster channels_last
         module.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
     return unet, vae, text_encoder, tokenizer, scheduler, defaults
 
-def load_network(network, folder, defaults, fixed, blocks, adapt):
+def load_network(network, folder, defaults, adapt, **rules):
     """network(config) with the weights of its folder, strictly, after adapt(config, state dict)."""
-    state, config = {}, read_json(folder / "config.json")
-    for file in weight_files(folder, NETWORK)[0]:
-        with about(f"{file} cannot be read"):
-            state |= load_file(file)
-    with about(folder / "config.json"), torch.device("meta"):     # no memory for weights yet
-        check_network(config, defaults, fixed, blocks)
-        config, state = adapt(config, state)
-        module = network(config)
+    config = read(folder / "config.json", WITHOUT, **rules)
+    check_widths(folder / "config.json", defaults | config)
+    state = read_weights(folder, NETWORK)
     with about(f"{folder}: the weights do not fit config.json"):
+        config, state = adapt(config, state)
+        with torch.device("meta"):                                # no memory for weights yet
+            module = network(config)
         module.load_state_dict(state, assign=True)
     return module
 
@@ -179,23 +227,45 @@ def modern_names(config, state):
         state[f"{module}.{names.get(name, name)}.{kind}"] = tensor.reshape(tensor.shape[:2])
     return config, state
 
-def load_clip_part(network, what, path, tokenizer_path, dtype, variant=None):
-    """A network of transformers, of which no weight is missing, and a tokenizer."""
-    with about(f"{path}: weights and config.json make no whole {what}"):
+def load_transformer(network, folder, dtype=torch.float32, **options):
+    """A network of transformers and the weights of its folder: none is missing, no layer left."""
+    config, state = read(folder / "config.json"), read_weights(folder, "model")
+    with about(f"{folder}: weights and config.json make no whole {network.__name__}"):
+        config = network.config_class.from_dict(config)
+        with torch.device("meta"):
+            size = sum(weight.numel() for weight in network(config, **options).parameters())
+        if size > 2 * sum(weight.numel() for weight in state.values()):   # would fill the memory
+            raise ValueError(f"config.json describes {size:,} weights, many more than there are")
         module, report = network.from_pretrained(
-            path, variant=variant, use_safetensors=True, dtype=dtype, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"it lacks {min(report['missing_keys'])}")
-    with about(f"{tokenizer_path}: the tokenizer is missing or damaged"):
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path)
-        if len(tokenizer) <= 2:                 # transformers makes an empty one without its files
-            raise ValueError("vocab.json has no words")
-    return module, tokenizer
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options)
+        layers = {key for key in report["unexpected_keys"] if ".layer" in key}
+        for key in sorted(report["missing_keys"] | layers):
+            raise ValueError(f"only one of them has {key}")
+    return module
+
+def load_tokenizer(folder, encoder):
+    """The tokenizer of a text encoder with the config `encoder`, to which its tokens must fit."""
+    with about(f"{folder}: the tokenizer is missing, damaged, or not the text encoder's"):
+        for file in folder.glob("*.*"):
+            refuse_pointer(file)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        ids = tokenizer.get_vocab()               # three without files: transformers makes them up
+        longest = min(tokenizer.model_max_length, encoder.max_position_embeddings)
+        if len(ids) <= 3 or max(ids.values()) >= encoder.vocab_size or longest not in SIZE[2:]:
+            raise ValueError(f"its {len(ids)} tokens reach number {max(ids.values())} of "
+                             f"{encoder.vocab_size}, texts have {longest} tokens")
+    tokenizer.model_max_length = longest
+    for name in tokenizer.get_added_vocab():
+        if f"{name}_1" in ids:
+            print(f"{folder}: {name!r} is a textual inversion of several vectors; only those "
+                  f"count that a text names, as '{name} {name}_1'", file=sys.stderr)
+    return tokenizer
 
 def load_clip(path_or_id, device):
     """The arguments of ClipScorer: a CLIP in the hub's layout, and its tokenizer."""
-    clip, tokenizer = load_clip_part(CLIPModel, "CLIP", path_or_id, path_or_id, torch.float32)
-    return clip.to(device), tokenizer
+    folder = find(path_or_id, ["model"])
+    clip = load_transformer(CLIPModel, folder)
+    return clip.to(device), load_tokenizer(folder, clip.config.text_config)
 
 
 # ---- save -------------------------------------------------------------------------------------

@@ -106,6 +106,15 @@ def warn_of_cut_texts(model, texts):
                   f"and not followed: {cut!r}", file=sys.stderr)
 
 
+def load_editor(path_or_id, where="cpu", precision="fp32"):
+    """A model that edits.  A text-to-image model is refused: its weights for the image are 0."""
+    model = EditModel.from_pretrained(path_or_id, where, DTYPES[precision])
+    if not model.unet.conv_in.weight[:, 4:].any():
+        raise ValueError(f"{path_or_id} is a text-to-image model, which does not look at an image: "
+                         "choose an editor, or make one of it by train.py --model")
+    return model
+
+
 # ---- editing ----------------------------------------------------------------------------------
 
 def recommended(model):
@@ -220,7 +229,7 @@ def main(argv=None):
         files = check_files(args)
         if args.precision is None:
             args.precision = "fp16" if args.device.startswith("cuda") else "fp32"
-        model = EditModel.from_pretrained(args.model, args.device, DTYPES[args.precision])
+        model = load_editor(args.model, args.device, args.precision)
         for name, value in recommended(model).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)

@@ -28,14 +28,10 @@ def inflate_conv_in(config, state):
 
     The new input weights start at zero; the rest is copied, the bias too (its section 3.2).
     config: unet/config.json; state: the state dict.  A UNet of 8 channels stays as it is."""
-    latents, channels = config.get("out_channels", 4), config.get("in_channels", 4)
-    if channels not in (latents, 2 * latents):
-        raise ValueError(f"a UNet of {channels} input channels: only {latents} (text-to-image) and "
-                         f"{2 * latents} (an editor) are supported")
-    if channels == latents:
+    if config.get("in_channels", 4) == 4:
         weight = state["conv_in.weight"]                                      # (C, 4, 3, 3)
         weight = torch.cat([weight, torch.zeros_like(weight)], dim=1)         # (C, 8, 3, 3)
-        config, state = config | {"in_channels": 2 * latents}, state | {"conv_in.weight": weight}
+        config, state = config | {"in_channels": 8}, state | {"conv_in.weight": weight}
     return config, state
 
 def check_size(what, x, multiple):

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import train
-from checkpoint import read_json
+from checkpoint import read
 from cli import (DTYPES, Parser, autocast, default_device, device, errors, peak_memory, positive_int,
                  replace_file)
 from data import Batch
@@ -54,7 +54,7 @@ def random_model(size, where):
     """(EditModel, ClipScorer) with random float32 weights: the toy's, or InstructPix2Pix's and CLIP ViT-L/14's."""
     torch.manual_seed(0)
     if size == "toy":
-        configs = [read_json(TOY / "unet/config.json"), read_json(TOY / "vae/config.json"),
+        configs = [read(TOY / "unet/config.json"), read(TOY / "vae/config.json"),
                    CLIPTextConfig.from_pretrained(TOY / "text_encoder"), CLIPConfig.from_pretrained(TOY / "clip")]
     else:
         configs = [SD15, SD15_VAE, CLIPTextConfig(**TEXT),

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import toy
 import train
 from cli import Parser, default_device, device, errors, positive_int, replace_file, seed_int
+from edit import load_editor
 from experiments.truth import judge, judge_attention
 from losses import ClipScorer
 from pictures import grid, save_png
@@ -243,7 +244,7 @@ def picture(folder):
     images, instructions = toy.render([e.scene for e in edits]), [e.instruction for e in edits]
     columns = {"input": images}
     for name in RUNS:
-        model = EditModel.from_pretrained(folder / name / "model")
+        model = load_editor(folder / name / "model")
         columns[name] = sample(model, images, instructions)
     columns["true edit"] = toy.render([e.edited for e in edits])
     return grid(list(zip(*columns.values())), list(columns), instructions)
@@ -265,7 +266,7 @@ def fulfil(name, folder, seed, judge_path, on):
             except SystemExit:
                 raise ValueError(f"a training stopped; the end of {output / 'log.txt'} says why") from None
             clip = ClipScorer.from_pretrained(judge_path)
-            scores = measure(EditModel.from_pretrained(output / "model", on), clip)
+            scores = measure(load_editor(output / "model", on), clip)
         content = json.dumps({"given": given, "scores": scores}, indent=1)
         replace_file(file, lambda temporary: temporary.write_text(content))
     if json.loads(file.read_text())["given"] != given:

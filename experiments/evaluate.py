@@ -12,10 +12,10 @@ import torch
 
 import toy
 from cli import Parser, errors, non_negative_float, positive_int, seed_int
+from edit import load_editor
 from experiments.truth import judge, judge_attention
 from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, rms
 from pictures import grid, save_png
-from uip2p import EditModel
 
 TOY = Path(__file__).resolve().parents[1] / "models/toy"
 COLUMNS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
@@ -68,7 +68,7 @@ def evaluate(args):
     if args.picture and not args.picture.parent.is_dir():
         raise ValueError(f"--picture {args.picture}: there is no such folder")
     clip = ClipScorer.from_pretrained(args.clip)
-    models = {path: EditModel.from_pretrained(path) for path in args.models}
+    models = {path: load_editor(path) for path in args.models}
     edits = [toy.edit(args.split, i) for i in range(args.scenes)]
     images, truth = toy.render([e.scene for e in edits]), toy.render([e.edited for e in edits])
     instructions = [e.instruction for e in edits]

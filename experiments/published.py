@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import ViTModel
 
 import edit
-from checkpoint import about
+from checkpoint import about, find, load_transformer
 from cli import (DTYPES, Parser, default_device, device, errors, non_negative_float, number,
                  positive_int, replace_file, seed_int)
 from data import TEXTS, parse_json, read_edits
@@ -38,7 +38,6 @@ from losses import ClipScorer
 from pictures import FONT, GREY, TEXT, grid, load_image, save_png
 from prepare.pairs import keep_settings
 from shards import InstructPix2Pix
-from uip2p import EditModel
 
 METRICS = ("L1", "L2", "CLIP-I", "DINO", "CLIP-T global", "CLIP-T local")
 SCALES = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)   # s_I of the curve, at s_T = 7.5
@@ -196,12 +195,8 @@ class Dino:
 
     @classmethod
     def from_pretrained(cls, path_or_id, device="cpu"):
-        with about(f"{path_or_id} cannot be loaded as a DINO"):
-            vit, report = ViTModel.from_pretrained(path_or_id, add_pooling_layer=False, use_safetensors=True,
-                                                   output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"{path_or_id} lacks weights: {min(report['missing_keys'])}")
-        return cls(vit.to(device))
+        """A DINO in the hub's layout, ViT-S/16 is facebook/dino-vits16."""
+        return cls(load_transformer(ViTModel, find(path_or_id, ["model"]), add_pooling_layer=False).to(device))
 
     def embed_images(self, images):
         """List of (3, H, W) in [-1, 1] -> unit vectors (B, D)."""
@@ -395,7 +390,7 @@ def magicbrush(args):
     methods = {"copy of the input": {"single-turn": [turn.input for turn in judged["single-turn"]],
                                      "multi-turn": [session[0].input for session in used]}}
     for path in args.models:
-        model = EditModel.from_pretrained(path, args.device, DTYPES[args.precision])
+        model = edit.load_editor(path, args.device, args.precision)
         for steps in args.steps:
             folder, settings = edit_magicbrush(model, path, args, steps, used)
             methods[f"{path}, {settings.steps} steps"] = outputs(folder)
@@ -453,7 +448,7 @@ def curve(args):
 
     # ---- edits
     for path in args.models:
-        model = EditModel.from_pretrained(path, args.device, DTYPES[args.precision])
+        model = edit.load_editor(path, args.device, args.precision)
         for s_I in args.cfg_image:
             folder, settings = begin(model, path, args, args.steps, s_I)
             make_edits(model, settings, [(folder / s.output, s.input, s.instruction) for s in samples])

@@ -255,7 +255,10 @@ def test_the_models_recommendations_are_defaults(tmp_path, capsys):
     (model / "edit_defaults.json").write_text(json.dumps({"steps": 3, "text_guidance": 2, "resolution": 24}))
     edit.main([*map(str, files), "--steps", "1"])
     assert "steps 1, cfg_text 2.0, cfg_image 1.5, resolution 24" in capsys.readouterr().out
-    for wrong, word in (({"steps": "many"}, "many"), ({"speed": 3}, "speed"), ({"steps": 2.5}, "2.5")):
+    for wrong, word in (({"steps": "many"}, "many"), ({"speed": 3}, "speed"), ({"steps": 2.5}, "2.5"),
+                        ({"steps": 0}, "steps = 0"), ({"steps": 1000}, "steps = 1000"),
+                        ({"text_guidance": float("nan")}, "text_guidance = nan"), ({"resolution": 8}, "= 8"),
+                        ({"image_guidance": 1e308}, "image_guidance = 1e+308"), ({"text_guidance": -1}, "= -1")):
         (model / "edit_defaults.json").write_text(json.dumps(wrong))
         assert word in refuse(capsys, *files)
 
@@ -287,6 +290,7 @@ def bad_models(folder):
     yield folder / "shape", "unet"
     shutil.rmtree(copy("wordless") / "tokenizer")
     yield folder / "wordless", "tokenizer"
+    yield edit.TOY / "text2image", "text-to-image"            # which would not look at the image
 
 
 def test_bad_models_are_refused(tmp_path, capsys):

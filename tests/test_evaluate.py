@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -390,12 +391,39 @@ def test_bad_arguments_are_refused(tmp_path, brush, dino_path, capsys, monkeypat
     assert "not an image" in refuse(capsys, *whole, "--outputs", folder)
     for flags, word in (((), "--models, --outputs"), (("--models", "no-model"), "no-model"),
                         ((*FAST, "--limit", 0), "--limit"), ((*FAST, "--steps", 0), "--steps"),
-                        ((*FAST, "--dino", tmp_path), "cannot be loaded"),
+                        ((*FAST, "--dino", tmp_path), "config.json is missing"),
+                        (("--models", MODEL / "text2image"), "text-to-image"),
                         ((*FAST, "--clip", tmp_path / "nowhere"), "nowhere"),
                         ((*FAST, "--device", "abacus"), "abacus")):
         assert word in refuse(capsys, *whole, *flags)
     assert "invalid choice" in refuse(capsys, "magick") and "required" in refuse(capsys)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_the_commands_of_the_docs_convert_pickles(tmp_path, monkeypatch, judges, dino_path):
+    """Judges and networks that are only pickles are refused, and what the docs make of them is read."""
+    monkeypatch.chdir(tmp_path)
+    for source, name in ((CLIP, "clip"), (dino_path, "dino"), (MODEL, "MODEL")):
+        shutil.copytree(source, name)
+    for file, pickle in (("clip/model", "clip/pytorch_model"), ("dino/model", "dino/pytorch_model"),
+                         ("MODEL/unet/diffusion_pytorch_model",) * 2):
+        torch.save(load_file(f"{file}.safetensors"), f"{pickle}.bin")
+        Path(f"{file}.safetensors").unlink()
+    for load, name in ((ClipScorer, "clip"), (Dino, "dino"), (EditModel, "MODEL")):
+        with pytest.raises(ValueError, match="docs/data.md says how to convert"):
+            load.from_pretrained(name)
+    commands = re.findall(r'python -c "(.*?)"\n', (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    commands = [command.replace("\\\n", "") for command in commands if ".from_pretrained(name" in command
+                or "torch.load" in command]
+    for command in commands:
+        exec(command.replace("openai/clip-vit-base-patch32", "clip").replace("facebook/dino-vits16", "dino"), {})
+    assert len(commands) == 3
+    clip, dino = ClipScorer.from_pretrained("models/clip-b32"), Dino.from_pretrained("models/dino-s16")
+    texts, image = ["a red circle"], tensor(noise(40, 40))
+    assert torch.equal(clip.embed_texts(texts), judges[0].embed_texts(texts))
+    assert torch.equal(dino.embed_images([image]), judges[1].embed_images([image]))
+    new, old = (EditModel.from_pretrained(path).unet.state_dict() for path in ("MODEL", MODEL))
+    assert all(torch.equal(new[key], old[key]) for key in old)
 
 
 # ---- InstructPix2Pix's curve -----------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
 """The model against diffusers' golden values, its checkpoints, and the identities of its equations."""
+import copy
 import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub._snapshot_download import TreeCacheEntry, write_tree_cache
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from attention import Attention
 from checkpoint import find_model
@@ -16,6 +20,7 @@ from unet import SD15, UNet
 from vae import VAE
 
 WEIGHTS = "diffusion_pytorch_model"
+UNET, VAE_FILE, TEXT = f"unet/{WEIGHTS}.safetensors", f"vae/{WEIGHTS}.safetensors", "text_encoder/model.safetensors"
 
 
 def assert_close(out, reference, tolerance=2e-5):
@@ -101,11 +106,29 @@ def test_parameter_counts_of_the_published_models(network, config, parameters):
         assert sum(p.numel() for p in network(config).parameters()) == parameters
 
 
+@pytest.mark.parametrize("key, value", [("attention_head_dim", 5), ("attention_head_dim", [8, 8]),
+                                        ("norm_num_groups", 3)])
+def test_widths_that_do_not_divide_are_refused(checkpoint, key, value):
+    edit_json(checkpoint / "unet/config.json", **{key: value})
+    with pytest.raises(ValueError, match=rf"unet/config.json: {key} = .* block_out_channels = \[16, 32, 32\]"):
+        EditModel.from_pretrained(checkpoint)
+
+
 @pytest.mark.parametrize("part, config", [
     ("unet", {"use_linear_projection": True}), ("unet", {"act_fn": "gelu"}),
     ("unet", {"layers_per_block": [1, 2, 2, 2]}),
     ("unet", {"down_block_types": ["AttnDownBlock2D"] * 4}), ("vae", {"use_quant_conv": False}),
-    ("vae", {"shift_factor": 0.1})], ids=str)
+    ("vae", {"shift_factor": 0.1}), ("unet", {"cross_attention_dim": [32] * 3}), ("unet", {"norm_num_groups": 0}),
+    ("unet", {"norm_num_groups": -8}), ("unet", {"norm_eps": float("nan")}), ("unet", {"norm_eps": "1e-5"}),
+    ("unet", {"layers_per_block": True}), ("unet", {"layers_per_block": 10 ** 9}), ("unet", {"out_channels": 3}),
+    ("unet", {"attention_head_dim": 0}), ("unet", {"attention_head_dim": [8, 8, -8]}),
+    ("unet", {"attention_head_dim": "8"}), ("unet", {"block_out_channels": [16, 32, 10 ** 9]}),
+    ("unet", {"block_out_channels": 16}), ("unet", {"block_out_channels": [17, 32, 32]}),
+    
+    ("vae", {"in_channels": 4}), ("vae", {"latent_channels": 16}), ("vae", {"norm_num_groups": 2.5}),
+    ("vae", {"scaling_factor": float("inf")}), ("vae", {"scaling_factor": 0}), ("vae", {"scaling_factor": "0.18"}),
+    ("text_encoder", {"num_hidden_layers": -1}), ("text_encoder", {"layer_norm_eps": -1}),
+    ("text_encoder", {"hidden_size": 10 ** 9}), ("text_encoder", {"max_position_embeddings": 0})], ids=str)
 def test_another_architecture_is_refused(checkpoint, part, config):
     edit_json(checkpoint / part / "config.json", **config)
     with pytest.raises(ValueError, match=f"{part}/config.json: {min(config)} = "):
@@ -262,21 +285,121 @@ def old_configs(path):
     (path / "unet/config.json").write_text(json.dumps({key: config[key] for key in kept}))
 
 
+def shard(file, number, index):
+    """Two shards instead of a file.  number: how a shard is called; index: its JSON file."""
+    state = load_file(file)
+    file.unlink()
+    names = [file.with_name(f"{file.name.split('.')[0]}{number.format(n)}.safetensors") for n in (1, 2)]
+    for n, name in enumerate(names):
+        save_file({key: w for i, (key, w) in enumerate(sorted(state.items())) if i % 2 == n}, name)
+    where = {key: names[i % 2].name for i, key in enumerate(sorted(state))}
+    file.with_name(file.name + index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+NEW_SHARDS, OLD_SHARDS = (".fp16-0000{}-of-00002", ".index.fp16.json"), ("-0000{}-of-00002.fp16", ".fp16.index.json")
+
+
+def fp16_vae_and_shards(path, names=OLD_SHARDS):
+    """A UNet in shards, a VAE of fp16, and a text encoder in full."""
+    shard(path / UNET, *names)
+    (path / VAE_FILE).rename(path / f"vae/{WEIGHTS}.fp16.safetensors")
+
+
+def no_length(path):
+    edit_json(path / "tokenizer/tokenizer_config.json", model_max_length=None)
+
+
 def rename_text_weights(state):
     return {name.removeprefix("text_model."): weight for name, weight in state.items()}
 
 
 @pytest.mark.parametrize("change", [
-    shard_unet, variant, old_configs,
+    shard_unet, variant, old_configs, no_length, fp16_vae_and_shards,
+    lambda path: fp16_vae_and_shards(path, NEW_SHARDS),
+    lambda path: (path / "tokenizer/tokenizer_config.json").unlink(),
     lambda path: edit_weights(path / f"vae/{WEIGHTS}.safetensors", rename_vae_attention),
     lambda path: edit_weights(path / "text_encoder/model.safetensors",
                               lambda s: s | {"text_model.embeddings.position_ids": torch.arange(77)[None]}),
     lambda path: edit_weights(path / "text_encoder/model.safetensors", rename_text_weights),
-], ids=["shards", "fp16-names", "old-configs", "old-vae-attention", "position-ids", "no-text_model-prefix"])
+], ids=["shards", "fp16-names", "old-configs", "no-length", "old-fp16-shards", "fp16-shards", "no-tokenizer-config",
+       "old-vae-attention", "position-ids", "no-text_model-prefix"])
 def test_checkpoints_as_found_in_the_wild_load_the_same(checkpoint, expected, change):
     change(checkpoint)
     model = EditModel.from_pretrained(checkpoint)
     assert_close(golden_edit(model, expected, text_guidance=7.5, image_guidance=1.5), expected["edit.image_7.5_1.5"])
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Makes offline caches of t/NAME, of a folder's files: `cached` and, that the hub alone has, `others`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def fill(name, folder, others):
+        repository, commit = tmp_path / f"models--t--{name}", "0123456789" * 4
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text(commit)
+        cached = [str(file.relative_to(folder)) for file in folder.rglob("*.*")]
+        entry = TreeCacheEntry(size=1, blob_id="0" * 40, lfs_sha256=None, lfs_size=None, xet_hash=None)
+        write_tree_cache(str(repository), commit, dict.fromkeys([*cached, *others], entry))
+    return fill
+
+
+@pytest.mark.parametrize("change", [lambda path: None, variant, fp16_vae_and_shards], ids=["full", "fp16", "mixed"])
+def test_what_another_library_left_in_the_cache_loads_offline(checkpoint, expected, hub_cache, change):
+    change(checkpoint)
+    full = [UNET, VAE_FILE, TEXT]
+    others = [file for file in full if not (checkpoint / file).exists()]
+    others += [file.replace(".safetensors", ".fp16.safetensors") for file in full if (checkpoint / file).exists()]
+    hub_cache("model", checkpoint, [*others, "safety_checker/config.json", "tokenizer/added_tokens.json"])
+    model = EditModel.from_pretrained("t/model")
+    assert_close(golden_edit(model, expected), expected["edit.image_7.5_1.5"])
+
+
+def test_what_a_cache_lacks_is_named(checkpoint, hub_cache):
+    (checkpoint / VAE_FILE).unlink()
+    hub_cache("model", checkpoint, [VAE_FILE])
+    with pytest.raises(ValueError, match=f"{VAE_FILE} is missing"):
+        EditModel.from_pretrained("t/model")
+    with pytest.raises(ValueError, match="^t/nothing is no local directory, and the hub did not give it"):
+        EditModel.from_pretrained("t/nothing")
+
+
+def test_of_the_hub_only_what_is_read_is_downloaded(checkpoint, tmp_path, monkeypatch):
+    """Full weights before fp16, no pickles; a part that has fp16 alone is taken so."""
+    for file in (UNET, TEXT):
+        shutil.copy(checkpoint / file, checkpoint / file.replace(".safetensors", ".fp16.safetensors"))
+        (checkpoint / file).with_suffix(".bin").write_text("a pickle")
+        (checkpoint / file).with_suffix(".non_ema.safetensors").write_text("others")
+    (checkpoint / VAE_FILE).rename(checkpoint / f"vae/{WEIGHTS}.fp16.safetensors")
+    (checkpoint / "v1-5-pruned.safetensors").write_text("all in one file")
+
+    def snapshot_download(name, allow_patterns):
+        files = [str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*.*")]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (tmp_path / "cache" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(checkpoint / file, tmp_path / "cache" / file)
+        return str(tmp_path / "cache")
+    monkeypatch.setattr("checkpoint.snapshot_download", snapshot_download)
+    EditModel.from_pretrained("some/model")
+    weights = {str(file.relative_to(tmp_path / "cache")) for file in (tmp_path / "cache").rglob("*.*")
+               if file.suffix not in (".json", ".txt")}
+    assert weights == {UNET, TEXT, f"vae/{WEIGHTS}.fp16.safetensors"}
+
+
+def test_a_textual_inversion_of_several_vectors_is_said(checkpoint, golden, capsys):
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
+    tokenizer.add_tokens(["<cat>", "<cat>_1", "<dog>"])
+    tokenizer.save_pretrained(checkpoint / "tokenizer")
+    with pytest.raises(ValueError, match="tokenizer.*reach number 696 of 694"):       # the text encoder lacks them
+        EditModel.from_pretrained(checkpoint)
+    grown = copy.deepcopy(golden.text_encoder)
+    grown.resize_token_embeddings(697)
+    grown.save_pretrained(checkpoint / "text_encoder")
+    EditModel.from_pretrained(checkpoint)
+    said = capsys.readouterr().err
+    assert "'<cat> <cat>_1'" in said and "<dog>" not in said
 
 
 def test_half_precision_weights_are_converted(checkpoint, expected):
@@ -375,6 +498,23 @@ def index_without_map(folder):
     weights.with_suffix(".safetensors.index.json").write_text('{"metadata": {}}')
 
 
+def point(file):
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+
+
+def turn(key, change):
+    """Changes one weight."""
+    return lambda file: edit_weights(file, lambda state: state | {key: change(state[key])})
+
+
+def more_layers(file):
+    edit_weights(file, lambda s: s | {key.replace("layers.1", "layers.2"): w.clone() for key, w in s.items()})
+
+
+def deep(file):
+    file.write_text('{"a": ' * 100_000)
+
+
 def no_vocabulary(folder):
     for name in ("vocab.json", "merges.txt"):
         (folder / name).unlink()
@@ -394,19 +534,18 @@ def empty(folder):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-UNET, VAE_FILE, TEXT = f"unet/{WEIGHTS}.safetensors", f"vae/{WEIGHTS}.safetensors", "text_encoder/model.safetensors"
 NORM, SCHEDULER = "text_model.final_layer_norm.weight", "scheduler/scheduler_config.json"
 
 
 @pytest.mark.parametrize("target, damage, says", [
-    (UNET, pickle_only, f"unet/{WEIGHTS}.bin"), (TEXT, pickle_only, "text_encoder/model.bin"),
+    (UNET, pickle_only, "docs/data.md says how to convert"), (TEXT, pickle_only, f"{TEXT} is missing.  Pickles"),
     *[(part, shutil.rmtree, part) for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")],
     (UNET, drop("conv_out.bias"), "conv_out.bias"), (VAE_FILE, drop("quant_conv.bias"), "quant_conv.bias"),
     (TEXT, drop(NORM), "final_layer_norm.weight"),
     (UNET, reshape("conv_out.bias"), "conv_out.bias"), (VAE_FILE, reshape("quant_conv.weight"), "quant_conv.weight"),
-    (TEXT, reshape(NORM), "text encoder"),
+    (TEXT, reshape(NORM), "text_encoder"),
     (UNET, lambda f: edit_weights(f, lambda s: s | {"surplus": torch.zeros(1)}), "surplus"),
-    (UNET, truncate, UNET), (VAE_FILE, truncate, VAE_FILE), (TEXT, truncate, "text encoder"),
+    (UNET, truncate, UNET), (VAE_FILE, truncate, VAE_FILE), (TEXT, truncate, TEXT),
     ("unet/config.json", truncate, "unet/config.json"),
     ("unet/config.json", changed(act_fn="gelu"), "unet/config.json"),
     ("vae/config.json", lambda f: f.write_text("[1]"), "vae/config.json"), ("text_encoder", narrow, "width is 16"),
@@ -414,14 +553,31 @@ NORM, SCHEDULER = "text_model.final_layer_norm.weight", "scheduler/scheduler_con
     ("text_encoder", index_without_map, "text_encoder"), ("tokenizer", no_vocabulary, "tokenizer"),
     ("tokenizer/vocab.json", lambda f: f.unlink(), "tokenizer"), ("tokenizer/vocab.json", truncate, "tokenizer"),
     ("tokenizer/tokenizer.json", lambda f: f.write_text("{}"), "tokenizer"),
-    ("text_encoder/config.json", changed(hidden_size="64"), "text encoder"),
+    ("text_encoder/config.json", changed(hidden_size="64"), "hidden_size = '64'"),
     (SCHEDULER, changed(prediction_type="v_prediction"), "prediction_type"),
     (SCHEDULER, changed(beta_schedule="linear"), "beta_schedule"),
     (SCHEDULER, changed(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
-    (SCHEDULER, changed(beta_start="small"), "beta_start"), (SCHEDULER, changed(steps_offset=1.0), "no whole number"),
+    (SCHEDULER, changed(beta_start="small"), "beta_start"),
+    (SCHEDULER, changed(steps_offset=1.0), "steps_offset = 1.0"),
     (SCHEDULER, changed(num_train_timesteps=500), "num_train_timesteps"),
-    ("unet/config.json", changed(in_channels=9), "9 input channels"),         # one for inpainting
-    ("unet", without_a_shard, "00002-of-00002"), ("", empty, "model"),
+    ("unet/config.json", changed(in_channels=9), "in_channels = 9"),         # one for inpainting
+    *[(file, point, "git lfs pull") for file in (UNET, TEXT, "vae/config.json", "tokenizer/vocab.json", SCHEDULER)],
+    *[(file, deep, file) for file in ("unet/config.json", "text_encoder/config.json", SCHEDULER)],
+    (TEXT, more_layers, "encoder.layers.2"), ("text_encoder/config.json", changed(num_hidden_layers=1), "layers.1"),
+    ("text_encoder/config.json", changed(hidden_size=16384), "many more than there are"),
+    ("text_encoder/config.json", changed(vocab_size=600), "text_encoder"),
+    ("tokenizer/tokenizer_config.json", changed(model_max_length=-1), "texts have -1 tokens"),
+    ("tokenizer/tokenizer_config.json", changed(model_max_length="77"), "tokenizer"),
+    (UNET, turn("conv_out.weight", lambda w: w.to(torch.int8)), "conv_out.weight, of torch.int8"),
+    (VAE_FILE, turn("quant_conv.bias", lambda w: w * float("nan")), "quant_conv.bias"),
+    (TEXT, turn(NORM, lambda w: w / 0), "final_layer_norm.weight"),
+    *[(SCHEDULER, changed(**{key: value}), f"{key} = {value}") for key, value in {
+        "beta_end": -1, "beta_start": -0.1, "steps_offset": -5, "clip_sample": True, "thresholding": True,
+        "set_alpha_to_one": 2}.items()],
+    (SCHEDULER, changed(timestep_spacing="karras"), "timestep_spacing"),
+    ("model_index.json", changed(_class_name="StableDiffusionXLPipeline"), "StableDiffusionXLPipeline"),
+    ("model_index.json", changed(_class_name="PixArtAlphaPipeline"), "PixArtAlphaPipeline"),
+    ("unet", without_a_shard, "00001-of-00002.safetensors: of such files only 1"), ("", empty, "model"),
     ("", lambda d: (shutil.rmtree(d), d.write_text("a file")), "model"),
     ("", shutil.rmtree, "model"),
 ], ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""))
@@ -488,6 +644,30 @@ def test_ddim_timesteps(golden, steps, first, last):
     timesteps = golden.ddim_timesteps(steps)
     assert (len(timesteps), timesteps[0], timesteps[-1]) == (steps, first, last)
     assert {a - b for a, b in zip(timesteps, timesteps[1:])} <= {1000 // steps}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 15, 20, 25, 30, 50, 100, 999])
+def test_the_scheduler_says_how_timesteps_are_spaced(golden, steps, monkeypatch):
+    """By diffusers' formulas."""
+    spacings = {"leading": np.arange(steps)[::-1] * (1000 // steps) + 1,
+                "trailing": np.round(np.arange(1000, 0, -1000 / steps)) - 1,
+                "linspace": np.linspace(0, 999, steps).round()[::-1]}
+    for spacing, timesteps in spacings.items():
+        monkeypatch.setattr(golden, "scheduler", golden.scheduler | {"timestep_spacing": spacing})
+        assert golden.ddim_timesteps(steps) == timesteps.tolist()
+
+
+@pytest.mark.parametrize("spacing, last", [("leading", 1), ("trailing", 249)])
+def test_the_last_step_ends_at_the_schedules_first_abar_or_at_one(golden, spacing, last, monkeypatch):
+    z, eps, t = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([last])
+    z_0 = golden.predict_z0(z, eps, t)
+    for one, reference in ((False, golden.add_noise(z_0, eps, torch.tensor([0]))), (True, z_0)):
+        changes = {"timestep_spacing": spacing, "set_alpha_to_one": one}
+        monkeypatch.setattr(golden, "scheduler", golden.scheduler | changes)
+        assert golden.ddim_timesteps(4)[-1] == last
+        assert torch.equal(golden.ddim_step(z, eps, t, 250), reference)
+        assert torch.equal(golden.ddim_step(z, eps, t + 250, 250), golden.add_noise(
+            golden.predict_z0(z, eps, t + 250), eps, t))      # a step that is not the last
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000])              # of 1000, the first would be at timestep 1000

@@ -132,7 +132,8 @@ def test_the_picture_of_the_steps(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--scales", "3"], ["--scales", "nan:1"], ["--steps", "0"], ["--scenes", "0"],
-                                   ["--models", "no-such-model"], ["--picture", "no-such-folder/a.png"]])
+                                   ["--models", "no-such-model"], ["--models", f"{TOY}/text2image"],
+                                   ["--picture", "no-such-folder/a.png"]])
 def test_bad_arguments_of_the_evaluation(capsys, flags):
     with pytest.raises(SystemExit) as stop:
         evaluate.main(flags)
