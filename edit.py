@@ -6,7 +6,8 @@
     python edit.py ... --edit "make it snow" --reverse "melt the snow"        # also snow-cycle.png
 
 MODEL is timbrooks/instruct-pix2pix, or one that train.py wrote, as runs/photos/best.
-An image is resized for the edit, not cropped, and the result is as large as the input.  A model
+An image is resized for the edit, not cropped, and the result is as large as the input.  Its longer
+side is then about --resolution: by the shorter one, a photo would have twice the pixels.  A model
 may recommend steps, guidance scales and a resolution (edit_defaults.json); flags overrule them.
 """
 import math
@@ -116,17 +117,16 @@ def recommended(model):
             "resolution": model.defaults.get("resolution", 512)}
 
 def edit_size(model, name, size, resolution, whole=round):
-    """The size (H, W) of an image during the edit, multiples of how much the model reduces a side,
-    64 in Stable Diffusion.  As in InstructPix2Pix's program, the longer side is about `resolution`,
-    so that the model sees no more pixels than it learned to edit, and the shorter one is rounded
-    up.  whole: how the longer one is rounded; that program rounds down, and crops the rest."""
+    """The size (H, W) of an image during the edit: multiples of how much the model reduces a side,
+    64 in Stable Diffusion.  As in InstructPix2Pix's program the longer side is about `resolution`,
+    and the shorter one is rounded up.  whole: how the longer one is rounded."""
     multiple = model.vae.factor * 2 ** (len(model.unet.down_blocks) - 1)
     factor = resolution / max(size)
     factor = math.ceil(min(size) * factor / multiple) * multiple / min(size)
     height, width = [multiple * max(1, whole(side * factor / multiple)) for side in size]
     if max(height, width) > LONGEST_SIDE:
         raise ValueError(f"{name}, of {size[1]}x{size[0]}, would be edited at {width}x{height}; at "
-                         f"most {LONGEST_SIDE} a side: choose a smaller --resolution, or cut it")
+                         f"most {LONGEST_SIDE} a side: it is too long and thin, cut it")
     return height, width
 
 def resize(images, size):

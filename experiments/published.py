@@ -76,13 +76,14 @@ MAGICBRUSH_NOTES = """
 CLIP-T of HIVE and IP2P, published, is MagicBrush's own, whose authors take the local captions.
 ?: UIP2P does not say which captions its CLIP-T takes; probably the global ones, as it exceeds what the true edits have
 with the local ones.
-MagicBrush's scripts differ: they sample by ancestral Euler, in 100 steps, here DDIM samples; they have a caption for
-each turn, here a turn without one is left out of CLIP-T.""".splitlines()
+MagicBrush's scripts differ: they sample by ancestral Euler, in 100 steps, at s_T = 7.5 and s_I = 1.5; here DDIM samples,
+and without flags a model's own recommendations hold.  They have a caption for each turn; here a turn without one is
+left out of CLIP-T.""".splitlines()
 CURVE_NOTES = """
-InstructPix2Pix's script differs: it samples by ancestral Euler, here DDIM samples; it takes 5,000 samples of the split,
-drawn at random, here all or the first are taken; its edited images are neither clamped nor rounded to the 256 steps of
-a file; and it gives CLIP images in [-1, 1] where CLIP expects [0, 1], a mistake that is not repeated here.  The
-published figures are probably made with that mistake.""".splitlines()
+InstructPix2Pix's script differs: it samples by ancestral Euler, from other noise for each edit; here DDIM samples, from
+the same noise.  It takes 5,000 samples of the split, drawn at random; here all or the first are taken.  Its edited
+images are neither clamped nor rounded to the 256 steps of a file.  And it gives CLIP images in [-1, 1] where CLIP
+expects [0, 1], a mistake that is not repeated here; the published figures are probably made with it.""".splitlines()
 
 
 # ---- MagicBrush's files ----------------------------------------------------------------------------------------------
