@@ -76,9 +76,9 @@ MAGICBRUSH_NOTES = """
 CLIP-T of HIVE and IP2P, published, is MagicBrush's own, whose authors take the local captions.
 ?: UIP2P does not say which captions its CLIP-T takes; probably the global ones, as it exceeds what the true edits have
 with the local ones.
-MagicBrush's scripts differ: they sample by ancestral Euler, in 100 steps, at s_T = 7.5 and s_I = 1.5; here DDIM samples,
-and without flags a model's own recommendations hold.  They have a caption for each turn; here a turn without one is
-left out of CLIP-T.""".splitlines()
+MagicBrush's scripts differ: they sample by ancestral Euler, in 100 steps, at s_T = 7.5 and s_I = 1.5; here DDIM
+samples, and without flags a model's own recommendations hold.  They have a caption for each turn; here a turn without
+one is left out of CLIP-T.""".splitlines()
 CURVE_NOTES = """
 InstructPix2Pix's script differs: it samples by ancestral Euler, from other noise for each edit; here DDIM samples, from
 the same noise.  It takes 5,000 samples of the split, drawn at random; here all or the first are taken.  Its edited
