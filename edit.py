@@ -6,10 +6,12 @@
     python edit.py ... --edit "make it snow" --reverse "melt the snow"        # also snow-cycle.png
 
 MODEL is timbrooks/instruct-pix2pix, or one that train.py wrote, as runs/photos/best.
-An image is resized for the edit, not cropped, and the result is as large as the input.  A model
+An image is resized for the edit, not cropped, and the result is as large as the input.  Its longer
+side is then about --resolution: by the shorter one, a photo would have twice the pixels.  A model
 may recommend steps, guidance scales and a resolution (edit_defaults.json); flags overrule them.
 Broken images of a folder are skipped and reported, and the exit status is 1.
 """
+import math
 import os
 import sys
 import tempfile
@@ -41,7 +43,7 @@ def parser():
     add("--steps", type=number(int, 1, 999), help="of denoising (the model's, otherwise 50)")
     add("--cfg-text", type=non_negative_float, help="guidance scale s_T (the model's, or 7.5)")
     add("--cfg-image", type=non_negative_float, help="guidance scale s_I (the model's, or 1.5)")
-    add("--resolution", type=number(int, 16, 2048), help="shorter side (the model's, or 512)")
+    add("--resolution", type=number(int, 16, 2048), help="longer side (the model's, or 512)")
     add("--seed", type=seed_int, default=0, help="of the noise of each image (%(default)s)")
     add("--device", type=device, default=default_device(), help="(%(default)s)")
     add("--precision", choices=DTYPES, help="(fp16 on CUDA, otherwise fp32)")
@@ -124,15 +126,17 @@ def recommended(model):
             "cfg_image": float(model.guidance["image_guidance"]),
             "resolution": model.defaults.get("resolution", 512)}
 
-def edit_size(model, name, size, resolution):
-    """The size (H, W) of an image during the edit: the shorter side about `resolution`, both
-    sides multiples of how much the model reduces them, which is 64 in Stable Diffusion."""
+def edit_size(model, name, size, resolution, whole=round):
+    """The size (H, W) of an image during the edit: multiples of how much the model reduces a side,
+    64 in Stable Diffusion.  As in InstructPix2Pix's program the longer side is about `resolution`,
+    and the shorter one is rounded up.  whole: how the longer one is rounded."""
     multiple = model.vae.factor * 2 ** (len(model.unet.down_blocks) - 1)
-    factor = resolution / min(size) / multiple
-    height, width = [multiple * max(1, round(side * factor)) for side in size]
+    factor = resolution / max(size)
+    factor = math.ceil(min(size) * factor / multiple) * multiple / min(size)
+    height, width = [multiple * max(1, whole(side * factor / multiple)) for side in size]
     if max(height, width) > LONGEST_SIDE:
         raise ValueError(f"{name}, of {size[1]}x{size[0]}, would be edited at {width}x{height}; at "
-                         f"most {LONGEST_SIDE} a side: choose a smaller --resolution, or cut it")
+                         f"most {LONGEST_SIDE} a side: it is too long and thin, cut it")
     return height, width
 
 def resize(images, size):
@@ -170,7 +174,7 @@ def draw_cycle(model, images, forward, back, args=None, true=None):
     if args is None:
         args = Namespace(**recommended(model), seed=0)
         args.steps = min(args.steps, 10)
-    size = edit_size(model, "an image", images.shape[2:], min(images.shape[2:]))
+    size = edit_size(model, "an image", images.shape[2:], max(images.shape[2:]))
     images = list(images.cpu())
     edited = edit(model, images, forward, size, args, progress)
     rows = round_trip(model, images, edited, forward, back, size, args, progress)

@@ -92,18 +92,20 @@ def content_words(tokenizer, ids):
 
 def reduce_map(probs, words):
     """A^(i), one map for each image, from the probabilities (B, heads, h, w, L) of layer i.  All
-    cross-attention layers of the UNet are used.
+    cross-attention layers of the UNet are used.  words: (B, L) of 0 and 1, the content words
 
     The two instructions have different tokens, so the tokens are summed before the maps are
-    compared.  The paper does not say how.  A sum over all tokens is 1 at every pixel and says
-    nothing, so only the content words count (words: (B, L) of 0 and 1); the heads are averaged."""
+    compared; the heads are averaged.  The paper does not say how.  A sum over all tokens is 1 at
+    every pixel.  LIME's code (arXiv 2312.09256, same first author) differs: it takes the layers of
+    16x16 and 32x32 pixels alone, leaves verbs out, and keeps the end token."""
     counted = probs * words.to(probs)[:, None, None, None, :]                 # (B, heads, h, w, L)
     return counted.sum(dim=-1).mean(dim=1)                                    # (B, h, w)
 
 @torch.no_grad()
 def edit_region(model, images, edited, instructions, t=500):
     """Where an instruction acts, for pictures: the maps A^(i) of one noise prediction are resized,
-    averaged over all layers, and stretched to [0, 1].  images, edited (B, 3, H, W) -> (B, H, W)."""
+    averaged over all layers, and stretched to [0, 1].  images, edited (B, 3, H, W) -> (B, H, W).
+    This is our own, not LIME's localisation, see `reduce_map`."""
     z_0 = model.encode(edited)                                                # (B, 4, h, w)
     noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(z_0)
     t = torch.full((len(z_0),), t, device=z_0.device)

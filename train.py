@@ -31,18 +31,18 @@ SD15, VIT_L = "stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-la
 TOY = str(Path(__file__).resolve().parent / "models/toy")
 TOY_WEIGHTS = {"clip": 3.0, "attn": 0.2, "sim": 2.0, "recon": 0.5}
 
-# Settings that depend on the data.
 #             the paper  your data  the toy world      its baseline, --objective ip2p
-SETTINGS = {
+SETTINGS = {                                   # that depend on the data
     "model":      (SD15,   SD15,   TOY + "/baseline", TOY + "/text2image"),    # where it starts
     "clip":       (VIT_L,  VIT_L,  TOY + "/clip",     None),    # the CLIP of the losses
     "steps":      (11_000, 11_000, 800,               2000),    # of the optimizer
     "batch_size": (768,    8,      16,                64),      # images in a step
-    "lr":         (5e-5,   5e-5,   1e-4,              1e-3),    # of AdamW, after LR_WARMUP steps
+    "lr":         (5e-5,   5e-5,   1e-4,              1e-3),    # InstructPix2Pix: 1e-4, no warm-up
     "resolution": (None,   256,    32,                32),      # InstructPix2Pix has 256
     "weights":    (WEIGHTS, WEIGHTS, TOY_WEIGHTS,     None),    # of the losses
     "t_min":      (0,      0,      400,               None),    # the smallest t of a forward edit
     "sharp":      (0,      0,      5,                 None),    # see uip2p.cycle
+    "snr_weight": (None,   None,   5,                 5),       # see noise_error
 }
 LR_WARMUP, WEIGHT_DECAY, MAX_NORM = 100, 0.01, 1.0      # not in the paper, as all that follows
 DECAY, AVERAGE_EVERY = 0.9999, 10              # of the moving average; steps between its updates
@@ -106,13 +106,12 @@ def compute_losses(model, clip, batch, args, generator, warming_up=False):
     with autocast(args):
         if args.objective == "ip2p":
             return {"loss": denoising_loss(model, images, batch.edited_images, batch.instructions,
-                                           r, generator)}
+                                           r, generator, args.snr_weight)}
         losses = {} if warming_up else round_trip_losses(model, clip, batch, args, generator)
-        # Guidance also needs e(z, I, 0) and e(z, 0, 0), which the cycle never trains; the paper
-        # does not say how they stay usable.  Here the input itself is denoised.  With 0.15 * r,
-        # a third of the samples each have only the image, nothing, or only the caption.
+        # Guidance also needs e(z, I, 0) and e(z, 0, 0); the paper does not say what trains them.
+        # Here the input is denoised, a third each from only the image, nothing, only the caption.
         losses["denoise"] = denoising_loss(model, images, images, batch.captions, 0.15 * r,
-                                           generator)
+                                           generator, args.snr_weight)
         losses["loss"] = losses["denoise"] + losses.get("cec", 0)
         return losses
 
@@ -130,7 +129,7 @@ def round_trip_losses(model, clip, batch, args, generator):
     return cycle_losses(clip, batch.images, batch.captions, batch.edited_captions, trip, *words,
                         args.weights)
 
-def denoising_loss(model, images, targets, texts, r, generator):
+def denoising_loss(model, images, targets, texts, r, generator, snr_weight=None):
     """InstructPix2Pix's ||eps - e(z_t, t, E(c_I), c_T)||^2, with its conditioning dropout.
 
     images c_I and targets, whose latents are noised, (B, 3, H, W); texts c_T; r (B,) in [0, 1):
@@ -145,14 +144,15 @@ def denoising_loss(model, images, targets, texts, r, generator):
     noise = torch.randn(z_0.shape, generator=generator).to(z_0)
     t = torch.randint(TIMESTEPS, (len(z_0),), generator=generator).to(model.device)
     x = torch.cat([model.add_noise(z_0, noise, t), image], dim=1)             # (B, 8, h, w)
-    return noise_error(model, model.unet(x, t, context), noise, t)
+    return noise_error(model, model.unet(x, t, context), noise, t, snr_weight)
 
-def noise_error(model, eps, noise, t):
-    """The mean of ||eps - noise||^2 for eps (B, 4, h, w) at t (B,).  It is weighted by
-    (1 - abar) / abar, at most 5, which makes it the error of z_0; InstructPix2Pix's is not."""
-    abar = model.alphas_cumprod[t]                                            # (B,)
+def noise_error(model, eps, noise, t, snr_weight=None):
+    """The mean of ||eps - noise||^2 for eps (B, 4, h, w) at t (B,), as InstructPix2Pix has it.
+    Weights of 1 / SNR = (1 - abar) / abar, at most snr_weight, make it the error of z_0."""
     error = (eps.float() - noise.float()).square().mean((1, 2, 3))            # (B,)
-    return (error * ((1 - abar) / abar).clamp(max=5)).mean()
+    if snr_weight is not None:
+        error = error * (1 / model.alphas_cumprod[t] - 1).clamp(max=snr_weight)
+    return error.mean()
 
 
 # ---- the run ----------------------------------------------------------------------------------

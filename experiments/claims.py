@@ -209,6 +209,9 @@ def report(scores, references):
              "and UNet that", f"they start from, the judge and its {SCENES} held-out scenes.  {STEPS} steps unless a "
              "column says otherwise.", "",
              *table(EDITS, single | rows), *table(MORE, rows), *table(MAPS, rows),
+             "The column *the paper* has MagicBrush's photographs, judged by CLIP ViT-B/32, after 11,000 steps of 768 "
+             "images; its baseline", "is InstructPix2Pix.  So only the sign of a difference can be compared with it, "
+             "not its size.", "",
              f"Verdicts by 95 % intervals (Student's t, paired by seed); of {len(CLAIMS)} such, one would miss by "
              "chance.", "",
              "| claim | the paper | score, of - | mean | 95 % | seeds for it | verdict |", "|---" * 7 + "|"]

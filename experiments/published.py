@@ -7,16 +7,20 @@
 Every edited image is kept below --output, and only those that are missing are made: the same command resumes.  The data
 and the folders of --outputs are named as the authors' own scripts have them:
 
-    MagicBrush's test    images/ID/{ID-input.png, ID-output1.png, ...}, edit_turns.json, edit_sessions.json,
+    MagicBrush's test    images/ID/{ID-input.png, ID-output1.png, ...}, edit_sessions.json,
                          global_descriptions.json, local_descriptions.json (or local_captions.json)
     an editor's folder   ID/ID_1.png the first turn; from the second on ID/ID_inde_N.png, made from the true input, and
                          ID/ID_iter_N.png, made from the editor's own last output
     InstructPix2Pix's    the last 0.05 of seeds.json, see shards.py
     an editor's folder   one folder for each point of the curve, of any name, with DIRECTORY_SEED.png
+
+Each table says below itself how it differs from what the authors' scripts do.
 """
 import argparse
 import itertools
 import json
+import math
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +28,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 from transformers import ViTModel
@@ -35,7 +39,7 @@ from cli import (DTYPES, Parser, default_device, device, errors, non_negative_fl
                  positive_int, replace_file, seed_int)
 from data import TEXTS, parse_json, read_edits
 from losses import ClipScorer
-from pictures import FONT, GREY, TEXT, grid, load_image, save_png
+from pictures import FONT, GREY, TEXT, from_pil, grid, load_image, save_png, to_pil
 from prepare.pairs import keep_settings
 from shards import InstructPix2Pix
 
@@ -44,8 +48,7 @@ SCALES = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)   # s_I of the curve, at s_T = 7.5
 SHOWN = 8                                      # edits in a picture
 COLOURS = [(200, 60, 30), (30, 90, 180), (20, 130, 70), (150, 60, 160), (190, 130, 0), (80, 80, 80), (0, 140, 150)]
 
-# UIP2P's tables.  It does not say which captions its CLIP-T takes.  These are probably the global ones, because its
-# values exceed what the true edits have with the local ones.
+# UIP2P's tables.  Its rows of HIVE and IP2P are those of MagicBrush's paper.
 PUBLISHED = {
     "single-turn": {
         "HIVE": (0.1092, 0.0341, 0.8519, 0.7500, 0.2752),
@@ -59,12 +62,27 @@ PUBLISHED = {
         "UIP2P, IP2P data": (0.1104, 0.0358, 0.8779, 0.8041, 0.2892),
         "UIP2P, CC3M": (0.1040, 0.0337, 0.8816, 0.8130, 0.2909),
         "UIP2P, CC12M": (0.0976, 0.0323, 0.8857, 0.8235, 0.2901)}}
+LOCAL = ("HIVE", "IP2P")                       # their CLIP-T is of local captions
 # (direction, image similarity) at s_I = 2.2 and 1.0, read off UIP2P's figure
 PUBLISHED_CURVES = {
     "IP2P": [(0.048, 0.95), (0.151, 0.80)],
     "UIP2P, IP2P data": [(0.125, 0.895), (0.182, 0.858)],
     "UIP2P, CC3M": [(0.122, 0.908), (0.176, 0.862)],
     "UIP2P, CC12M": [(0.094, 0.933), (0.159, 0.891)]}
+
+# What stands below the tables.
+MAGICBRUSH_NOTES = """
+CLIP-T of HIVE and IP2P, published, is MagicBrush's own, whose authors take the local captions.
+?: UIP2P does not say which captions its CLIP-T takes; probably the global ones, as it exceeds what the true edits have
+with the local ones.
+MagicBrush's scripts differ: they sample by ancestral Euler, in 100 steps, at s_T = 7.5 and s_I = 1.5; here DDIM
+samples, and without flags a model's own recommendations hold.  They have a caption for each turn; here a turn without
+one is left out of CLIP-T.""".splitlines()
+CURVE_NOTES = """
+InstructPix2Pix's script differs: it samples by ancestral Euler, from other noise for each edit; here DDIM samples, from
+the same noise.  It takes 5,000 samples of the split, drawn at random; here all or the first are taken.  Its edited
+images are neither clamped nor rounded to the 256 steps of a file.  And it gives CLIP images in [-1, 1] where CLIP
+expects [0, 1], a mistake that is not repeated here; the published figures are probably made with it.""".splitlines()
 
 
 # ---- MagicBrush's files ----------------------------------------------------------------------------------------------
@@ -87,14 +105,14 @@ class Turn:
         return f"{self.id}/{self.id}_{kind}{self.number}.png"
 
 
-def read_listing(path, kind):
-    """A JSON file that holds a `kind`, list or dict, which is not empty."""
+def read_listing(path):
+    """A JSON file that holds an object which is not empty."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: MagicBrush's test is a folder with images/ and its four JSON files")
+        raise ValueError(f"{path} is missing: MagicBrush's test is a folder with images/ and three JSON files")
     with about(f"{path} is not valid JSON"):
         content = json.loads(path.read_bytes())
-    if not isinstance(content, kind) or not content:
-        raise ValueError(f"{path} holds no JSON {'object' if kind is dict else 'list'}, or an empty one")
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds no JSON object, or an empty one")
     return content
 
 
@@ -122,18 +140,14 @@ def read_magicbrush(path):
     path, captions = Path(path), []
     local = "local_captions.json" if (path / "local_captions.json").is_file() else "local_descriptions.json"
     for name in ("global_descriptions.json", local):
-        captions.append(read_listing(path / name, dict))
+        captions.append(read_listing(path / name))
         if not all(isinstance(texts, dict) for texts in captions[-1].values()):
             raise ValueError(f"{path / name} is no {{ID: {{file: caption}}}}")
     listing, sessions = path / "edit_sessions.json", []
-    for id, rows in read_listing(listing, dict).items():
+    for id, rows in read_listing(listing).items():
         if not isinstance(rows, list) or not rows:
             raise ValueError(f"{listing}: {id!r} is no list of turns")
         sessions.append([read_turn(path, listing, id, n, row, captions) for n, row in enumerate(rows, 1)])
-    rows = read_listing(path / "edit_turns.json", list)
-    listed = sorted(str(row.get("output")) if isinstance(row, dict) else "" for row in rows)
-    if listed != sorted(turn.target.name for turn in sum(sessions, [])):
-        raise ValueError(f"{path / 'edit_turns.json'} does not list the turns of {listing.name}")
     return sessions
 
 
@@ -141,22 +155,24 @@ def read_magicbrush(path):
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample of InstructPix2Pix's test split, its first seed."""
+    """A sample of InstructPix2Pix's test split, one of its seeds."""
     output: str                                # its name in the folder of a point of the curve
     input: Path
     instruction: str
     captions: tuple                            # of the image, and of the edited image
 
 
-def read_test_split(path, limit):
-    """-> the first `limit` (or all) Samples of InstructPix2Pix's test split, and how many seeds.json names."""
+def read_test_split(path, limit, seed):
+    """-> the first `limit` (or all) Samples of InstructPix2Pix's test split, and how many seeds.json names.  `seed`
+    decides which of its seeds a directory gives, as in InstructPix2Pix's script."""
     source, samples = InstructPix2Pix(path, "test", 0, pairs=True), []
     for folder, seeds, _ in source.items[:limit]:
-        name = f"{folder.name}_{seeds[0]}" if seeds else ""
+        drawn = random.Random(f"{seed} {folder.name}").choice(seeds or [""])
+        name = f"{folder.name}_{drawn}" if seeds else ""
         if folder.parent != Path(path) or not re.fullmatch(r"\w+", name):
             raise ValueError(f"{path}/seeds.json: {folder.name!r} has no seed, or its name is not one of a directory "
                              f"in {path}")
-        listing, image = folder / "prompt.json", folder / f"{seeds[0]}_0.jpg"
+        listing, image = folder / "prompt.json", folder / f"{drawn}_0.jpg"
         for file in (listing, image):
             if not file.is_file():
                 raise ValueError(f"{file} is missing, but seeds.json names its directory: is all unpacked?")
@@ -172,15 +188,15 @@ def read_test_split(path, limit):
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 def preprocess(image, resize, crop):
-    """(3, H, W) in [-1, 1] -> (3, crop, crop) in [-1, 1], as image processors do it: the short side is resized to
-    `resize`, bicubic, first along the rows and then along the columns, each time in the 256 steps of a file; then the
-    centre is cut out."""
+    """(3, H, W) in [-1, 1] -> (3, crop, crop) in [-1, 1], as torchvision does it with a file: the short side is resized
+    to `resize`, bicubic, first along the rows and then along the columns, each time in the 256 steps of a file; then
+    the centre is cut out, and half a pixel goes to the even side."""
     height, width = image.shape[1:]
     new_height, new_width = [side * resize // min(height, width) for side in (height, width)]
     for size in ((height, new_width), (new_height, new_width)):
         image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
         image = ((image + 1) * 127.5).round() / 127.5 - 1
-    top, left = (new_height - crop) // 2, (new_width - crop) // 2
+    top, left = [round((side - crop) / 2) for side in (new_height, new_width)]
     return image[:, top:top + crop, left:left + crop]
 
 
@@ -207,9 +223,7 @@ class Dino:
 
 
 def clip_embed(clip, images):
-    """List of (3, H, W) in [-1, 1] -> unit vectors (B, D) of a ClipScorer, which takes what is of its size as it is.
-
-    InstructPix2Pix's script gives CLIP images in [-1, 1], not [0, 1], before its normalisation; we do not."""
+    """List of (3, H, W) in [-1, 1] -> unit vectors (B, D) of a ClipScorer, which takes what is of its size as it is."""
     images = torch.stack([preprocess(image, clip.size, clip.size) for image in images])
     return clip.embed_images(images.to(clip.clip.device))
 
@@ -237,8 +251,11 @@ def compare(outputs, targets, captions, clip, dino):
 @torch.no_grad()
 def directions(inputs, outputs, captions, clip):
     """The curve's two numbers of B edits, images (3, H, W) in [-1, 1], captions (before, after) -> B dicts:
-    direction = cos(E_I1 - E_I0, E_T1 - E_T0), image = cos(E_I0, E_I1)."""
-    E_I0, E_I1 = clip_embed(clip, inputs), clip_embed(clip, outputs)
+    direction = cos(E_I1 - E_I0, E_T1 - E_T0), image = cos(E_I0, E_I1).  InstructPix2Pix's script resizes to a square,
+    without a filter against aliasing."""
+    size = (clip.size, clip.size)
+    small = torch.cat([F.interpolate(image[None], size, mode="bicubic") for image in (*inputs, *outputs)])
+    E_I0, E_I1 = clip.embed_images(small.to(clip.clip.device)).chunk(2)
     E_T0, E_T1 = [clip.embed_texts(list(texts)) for texts in zip(*captions)]
     direction, image = cosine_similarity(E_I1 - E_I0, E_T1 - E_T0), (E_I0 * E_I1).sum(1)
     return [{"direction": d, "image": i} for d, i in zip(direction.tolist(), image.tolist())]
@@ -277,8 +294,15 @@ def begin(model, path, args, steps, cfg_image):
     return folder, SimpleNamespace(**settings)
 
 
+def fit(model, name, image, resolution):
+    """An image (3, H, W) at the size of its edit, as InstructPix2Pix's and MagicBrush's scripts have it: resized by
+    Lanczos, so that it covers that size, and cropped to it in the middle."""
+    height, width = edit.edit_size(model, name, image.shape[1:], resolution, math.floor)
+    return from_pil(ImageOps.fit(to_pil(image), (width, height), Image.Resampling.LANCZOS))
+
+
 def make_edits(model, settings, jobs):
-    """Edits (output, input, instruction), paths and a text, batch by batch, and saves the outputs.
+    """Edits (output, input, instruction), paths and a text, batch by batch, and saves the outputs, at the edit's size.
 
     A batch that is there is skipped, one of which a part is there made again: outputs do not depend on
     interruptions."""
@@ -288,9 +312,8 @@ def make_edits(model, settings, jobs):
             continue
         by_size = {}
         for output, source, instruction in batch:
-            image = load_image(source)
-            size = edit.edit_size(model, source, image.shape[1:], settings.resolution)
-            by_size.setdefault(size, []).append((output, image, instruction))
+            image = fit(model, source, load_image(source), settings.resolution)
+            by_size.setdefault(image.shape[1:], []).append((output, image, instruction))
         for size, same in by_size.items():
             outputs, images, instructions = zip(*same)
             for output, image in zip(outputs, edit.edit(model, images, instructions, size, settings)):
@@ -420,11 +443,13 @@ def magicbrush_table(rows, judged, methods):
     lines = [f"| setting | method | {' | '.join(METRICS)} |", "|---" * (2 + len(METRICS)) + "|"]
     for setting in judged:
         for method, values in PUBLISHED[setting].items():
-            lines.append(f"| {setting} | {method}, published | {' | '.join(f'{v:.4f}' for v in values)} ? | |")
+            *cells, clip_t = [f"{value:.4f}" for value in values]
+            cells += ["", clip_t] if method in LOCAL else [f"{clip_t} ?", ""]
+            lines.append(f"| {setting} | {method}, published | {' | '.join(cells)} |")
         for method in methods:
             scores = [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
             lines.append(f"| {setting} | {method} | {' | '.join(f'{mean(scores, name):.4f}' for name in METRICS)} |")
-    lines += ["", "?: the paper does not say which captions its CLIP-T takes; probably the global ones."]
+    lines += MAGICBRUSH_NOTES
     for setting, turns in judged.items():
         no_global, no_local = [sum(not turn.captions[i] for turn in turns) for i in range(2)]
         lines.append(f"Captions missing or empty, left out of CLIP-T: {setting}, of {len(turns)}: {no_global} global, "
@@ -437,7 +462,7 @@ def magicbrush_table(rows, judged, methods):
 def curve(args):
     """Direction and image similarity at several scales s_I."""
     # ---- data and judge
-    samples, total = read_test_split(args.data, args.limit)
+    samples, total = read_test_split(args.data, args.limit, args.seed)
     editors, others = {}, {}                   # {an editor: {a point of its curve: the folder of its outputs}}
     for folder in args.outputs:
         others[str(folder)] = points = {f.name: f for f in sorted(folder.iterdir())
@@ -472,6 +497,7 @@ def curve(args):
             lines.append(f"| {method}, read off the published figure | {end} | {x:.3f} | {y:.3f} |")
     for row in rows:
         lines.append(f"| {row['method']} | {row['point']} | {row['direction']:.3f} | {row['image']:.3f} |")
+    lines += CURVE_NOTES
     measured = {m: [(row["direction"], row["image"]) for row in rows if row["method"] == m] for m in editors}
     published = {f"{method}, published": points for method, points in PUBLISHED_CURVES.items()}
     write(args.output, "curve", lines, rows, plot(measured, published, ("direction similarity", "image similarity")))
@@ -494,7 +520,7 @@ def parser():
 
     p = commands.add_parser("curve", help="direction and image similarity on InstructPix2Pix's test split")
     p.set_defaults(run=curve)
-    p.add_argument("--steps", type=steps, default=50, help="(%(default)s)")
+    p.add_argument("--steps", type=steps, default=100, help="(%(default)s)")
     p.add_argument("--cfg-text", type=scale, default=7.5, help="guidance scale s_T (%(default)s)")
     p.add_argument("--cfg-image", type=scale, nargs="+", default=SCALES, help="scales s_I, a point each (1.0 ... 2.2)")
     p.add_argument("--clip", default="openai/clip-vit-large-patch14", help="directory or hub id (%(default)s)")
@@ -507,9 +533,10 @@ def parser():
                        help="of edits, table and picture (%(default)s)")
         p.add_argument("--limit", type=positive_int, help="only the first sessions or samples")
         p.add_argument("--resolution", type=number(int, 16, 2048),
-                       help="of the shorter side during the edit (the model's, otherwise 512)")
+                       help="of the longer side during the edit (the model's, otherwise 512)")
         p.add_argument("--batch-size", type=positive_int, default=8, help="images at once (%(default)s)")
-        p.add_argument("--seed", type=seed_int, default=0, help="of the noise, the same for every edit (%(default)s)")
+        p.add_argument("--seed", type=seed_int, default=0,
+                       help="of the noise, the same for every edit, and of the curve's samples (%(default)s)")
         p.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
         p.add_argument("--precision", choices=DTYPES, help="(fp16 on CUDA, otherwise fp32)")
     return main

@@ -46,7 +46,7 @@ LONGEST = 50
 MARKUP = re.compile(r"[`*<>{}\[\]()|\\#_%\ud800-\udfff]|^\W|^\d+[.)]"
                     r"|^(\w+ )?(instruction|caption|answer|edit|reverse)s?:", re.IGNORECASE)
 REMOVAL = re.compile(r"(remove|delete|erase|eliminate|clear|get rid|take\b.*\b(off|away|out))\b", re.IGNORECASE)
-EARLIER = set("""back undo undone unedited revert restore restored return reset recover again before earlier was were
+EARLIER = set("""undo undone unedited revert restore restored return reset recover again before earlier was were
     original originally previous previously former formerly initial initially anymore""".split())
 # Words that a reverse instruction may use although no caption says them.
 GENERIC = set("""a an the this that these those it its he him his her she they them their one some and or of to in on at
@@ -161,7 +161,7 @@ def check(edit):
 
     The reverse instruction is carried out on the edited image alone.  So it may not speak of the time before, and it
     names nothing that no other text names.  What it brings is something that the caption has and the edited caption
-    lacks."""
+    lacks.  "back" may stand beside it, as in the paper's examples ("add the car back"), but not instead of it."""
     texts = [edit[name] for name in TEXTS]
     caption, instruction, edited, reverse = texts
 
@@ -182,7 +182,7 @@ def check(edit):
     if set(words(reverse)) & EARLIER - set(words(caption)) - set(words(edited)):          # the back seat is no time
         return "the reverse speaks of the time before the edit"
     named = stems(" ".join(words(reverse)[1:]))                               # it begins with its verb
-    if set(named) - set(stems(" ".join(texts[:3]))):
+    if set(named) - set(stems(" ".join(texts[:3]))) - {"back"}:
         return "the reverse names what no other text names"
     if not names_change(reverse, edited, caption):
         return "the reverse does not name what it brings or removes"

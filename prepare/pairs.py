@@ -20,7 +20,6 @@ from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +31,7 @@ import toy
 from attention import Attention
 from cli import (Parser, default_device, device, errors, non_negative_float, number, positive_int,
                  replace_file, seed_int)
-from data import read_edits, read_lines
+from data import TEXTS, parse_json, read_edits, read_lines
 from experiments.truth import edit_mask
 from losses import ClipScorer
 from pictures import load_image, to_pil
@@ -49,7 +48,7 @@ SETTINGS = {
     "edits":      (None,                 1000),                      # at most so many; None: all of --input
     "samples":    (100,                  8),                         # pairs that are made of each edit
     "steps":      (100,                  20),                        # denoising steps
-    "cfg_text":   (7.5,                  3.0),                       # guidance scale of the text
+    "cfg_text":   ([7.5, 15.0],          [3.0, 3.0]),                # guidance scale of the text, drawn between them
     "thresholds": ([0.7, 0.2, 0.2, 0.2], [0.3, 0.5, 0.7, 0.7]),      # in the order of SCORES
     "resolution": (512,                  toy.SIZE),                  # of the images
     "batch_size": (2,                    32),                        # pairs at once
@@ -63,24 +62,44 @@ BIASES = {"attribute": ("colour",), "scene": ("shape", "remove", "add"), "global
 
 # ---- Prompt-to-Prompt ----------------------------------------------------------------------------------------------
 
-def alignment(tokens, edited_tokens):
-    """Which token of one text each token of another goes on from: two lists of L -> (L, L) of 0 and 1.
+def alignment(tokens, edited_tokens, length):
+    """Which token of one text each token of another goes on from: (length, length) of 0 and 1.
 
-    Words that are replaced one for one correspond.  A column of zeros is a token that is new."""
-    matrix = torch.zeros(len(tokens), len(edited_tokens))
-    matcher = SequenceMatcher(None, tokens, edited_tokens, autojunk=False)
-    for kind, a, a_end, b, b_end in matcher.get_opcodes():
-        if kind == "equal" or kind == "replace" and a_end - a == b_end - b:
-            matrix[range(a, a_end), range(b, b_end)] = 1
+    tokens, edited_tokens: lists, from the start token to the first end token; `length` is with the padding
+    As in Prompt-to-Prompt's code there are two cases.  Texts of as many tokens are a *replacement*: each token goes on
+    from the one at its place.  Others are a *refinement*: tokens go on from the equal ones of the longest common
+    subsequence, and a column of zeros is a token that is new.  (That code leaves the case to its user and counts words,
+    not tokens.)  The padding always goes on from what is at its place."""
+    matrix, n, m = torch.eye(length), len(tokens), len(edited_tokens)
+    if n == m:
+        return matrix
+    matrix[:, :m] = 0
+    common = torch.zeros(n + 1, m + 1, dtype=torch.int).tolist()   # [i][j]: of the first i and j tokens
+    for i, j in itertools.product(range(n), range(m)):
+        if tokens[i] == edited_tokens[j]:
+            common[i + 1][j + 1] = common[i][j] + 1
+        else:
+            common[i + 1][j + 1] = max(common[i][j + 1], common[i + 1][j])
+    while n and m:                                                 # back from the end
+        if common[n][m] == common[n][m - 1]:
+            m -= 1
+        elif common[n][m] == common[n - 1][m]:
+            n -= 1
+        else:
+            n, m = n - 1, m - 1
+            matrix[n, m] = 1
     return matrix
 
 
-def share(probs, is_text, aligned, active):
+def share(probs, is_text, aligned, active, coarse):
     """The control of a step: where `active`, the second image has the first one's attention.
 
     probs: (4B, heads, N, L), of the first and the second images with text, then of both without
-    aligned: (B, 1, L, L), the alignment of the two captions; active: (B, 1, 1, 1), bool"""
+    aligned: (B, 1, L, L), the alignment of the two captions; active: (B, 1, 1, 1), bool
+    coarse: self-attention is shared only by layers of so many pixels N or fewer"""
     first, second, *without_text = probs.split(len(active))
+    if not is_text and probs.shape[-1] > coarse:
+        return probs
     shared = first
     if is_text:
         is_new = 1 - aligned.sum(2, keepdim=True)                             # (B, 1, 1, L)
@@ -105,29 +124,34 @@ def controlled(model, control):
 def prompt_to_prompt(model, captions, edited_captions, shares, noise, steps, text_guidance):
     """Prompt-to-Prompt (arXiv 2208.01626): two images, of the captions and of the edited captions.
 
-    Both start from `noise` (B, 4, h, w).  For the first `shares` (B,) of the steps the second one has the first one's
-    self-attention, and its cross-attention to the words that both captions have, where the text is given.
-    InstructPix2Pix's code leaves cross-attention out, and shares self-attention also where no text is given.
+    Both start from `noise` (B, 4, h, w); text_guidance: (B,).  For the first `shares` (B,) of the steps the second one
+    has the first one's self-attention, and its cross-attention to the words that both captions have, where the text is
+    given.  Prompt-to-Prompt's code shares self-attention up to 16x16 pixels; these are the coarser half of the four
+    resolutions of Stable Diffusion's UNet at 512x512, and so the coarser half of them here, 4x4 in the toy world.
+    InstructPix2Pix's code leaves cross-attention out, and shares all self-attention, also where no text is given.
     Returns two tensors (B, 3, H, W) in [-1, 1]."""
     # ---- the texts
     B, texts = len(captions), captions + edited_captions
-    ids = model.tokenize(texts).tolist()
-    aligned = torch.stack([alignment(*pair) for pair in zip(ids[:B], ids[B:])])
+    ids, end = model.tokenize(texts).tolist(), model.tokenizer.eos_token_id
+    tokens = [row[:row.index(end) + 1] for row in ids]
+    aligned = torch.stack([alignment(*pair, len(ids[0])) for pair in zip(tokens[:B], tokens[B:])])
     aligned = aligned[:, None].to(model.device)                               # (B, 1, L, L)
     text, no_text = model.encode_text([*texts, ""]).split([2 * B, 1])
     context = torch.cat([text, no_text.expand_as(text)])                      # (4B, L, D)
 
     # ---- the loop: DDIM without an image, with e = e(0) + s (e(T) - e(0))
+    coarse = noise[0, 0].numel() // 4 ** (len(model.unet.down_blocks) // 2)   # pixels
+    scale = text_guidance.to(noise).repeat(2)[:, None, None, None]            # (2B, 1, 1, 1)
     z_t = noise.repeat(2, 1, 1, 1)                                            # (2B, 4, h, w)
     no_image = torch.zeros_like(noise).repeat(4, 1, 1, 1)
     for i, t in enumerate(model.ddim_timesteps(steps)):
         t = torch.full((2 * B,), t, device=model.device)
         x = torch.cat([z_t.repeat(2, 1, 1, 1), no_image], dim=1)              # (4B, 8, h, w)
-        active = (shares > i / steps).to(model.device)[:, None, None, None]   # (B, 1, 1, 1)
-        control = partial(share, aligned=aligned, active=active) if active.any() else None
+        active = (shares > i / max(steps - 1, 1)).to(model.device)[:, None, None, None]   # (B, 1, 1, 1)
+        control = partial(share, aligned=aligned, active=active, coarse=coarse) if active.any() else None
         with controlled(model, control):
             e_text, e_none = model.unet(x, t.repeat(2), context).chunk(2)     # (2B, 4, h, w) each
-        eps = e_none + text_guidance * (e_text - e_none)
+        eps = e_none + scale * (e_text - e_none)
         z_t = model.ddim_step(z_t, eps, t, stride=TIMESTEPS // steps)
     return model.decode(z_t).clamp(-1, 1).chunk(2)
 
@@ -166,14 +190,19 @@ def read_input(args):
         edits = [toy.edit("train", i) for i in range(args.edits)]
         return [{"caption": edit.scene.caption, "instruction": edit.instruction,
                  "edited_caption": edit.edited.caption} for edit in edits]
-    needed = ["caption", "instruction", "edited_caption"]
-    rows = read_lines(args.input, lambda row: read_edits(row, [{}], needed))
+    rows = read_lines(args.input, lambda row: read_edits(row, [{}], TEXTS[:3]))
     return list(itertools.chain.from_iterable(edits for _, edits in rows))[:args.edits]
 
 
 def prompt(edit):
     """The texts of an edit under InstructPix2Pix's names."""
     return {"caption": edit["caption"], "edit": edit["instruction"], "output": edit["edited_caption"]}
+
+
+def read_prompt(folder):
+    """The edit of a directory.  InstructPix2Pix calls the caption "input" in some of its data, "caption" in others."""
+    edit, = read_edits(parse_json((folder / "prompt.json").read_bytes()), [{}], TEXTS[:3])
+    return edit
 
 
 def write_pairs(folder, edit, pairs):
@@ -204,14 +233,16 @@ def sample_pairs(model, scorer, edits, seeds, args):
     shares = 0.1 + 0.8 * torch.cat([torch.rand(1, generator=g) for g in generators])
     noise = torch.stack([torch.randn(4, side, side, generator=g) for g in generators])
     noise = noise.to(model.device, model.dtype)
+    least, most = args.cfg_text
+    scales = least + (most - least) * torch.cat([torch.rand(1, generator=g) for g in generators])
 
     captions, edited_captions = ([edit[name] for edit in edits] for name in ("caption", "edited_caption"))
-    images = prompt_to_prompt(model, captions, edited_captions, shares, noise, args.steps, args.cfg_text)
+    images = prompt_to_prompt(model, captions, edited_captions, shares, noise, args.steps, scales)
     scores = similarities(scorer, *(i.float() for i in images), captions, edited_captions)
     for b, pair in enumerate(zip(*images)):
         score = {name: values[b].item() for name, values in scores.items()}
         failed = [name for name, least in zip(SCORES, args.thresholds) if score[name] < least]
-        row = {"seed": seeds[b], "p2p_threshold": shares[b].item(), "cfg_scale": args.cfg_text,
+        row = {"seed": seeds[b], "p2p_threshold": shares[b].item(), "cfg_scale": scales[b].item(),
                "clip_sim_0": score["caption"], "clip_sim_1": score["edited_caption"],
                "clip_sim_dir": score["direction"], "clip_sim_image": score["image"]}
         yield row, failed, pair
@@ -253,7 +284,7 @@ def make(args):
     for folder, edit in zip(folders, edits):
         if not folder.is_dir():
             todo.append((folder, edit))
-        elif json.loads((folder / "prompt.json").read_text()) != prompt(edit):
+        elif prompt(read_prompt(folder)) != prompt(edit):
             raise ValueError(f"{folder} holds another edit than --input: choose another --output, or remove it")
 
     # ---- what is not
@@ -364,7 +395,8 @@ def parse(argv):
     add("--clip", "directory or hub id of the CLIP that filters")
     add("--samples", "pairs that are made of each edit", type=positive_int)
     add("--steps", "denoising steps", type=positive_int)
-    add("--cfg-text", "guidance scale of the text, 1 or more", type=number(float, 1))
+    add("--cfg-text", "guidance scale of the text, drawn between two numbers for each pair, 1 or more",
+        type=number(float, 1), nargs=2, metavar=("LEAST", "MOST"))
     add("--thresholds", "least CLIP similarities: of both images, of the direction, of each image and its caption",
         type=non_negative_float, nargs=4, metavar=("IMAGE", "DIRECTION", "CAPTION", "EDITED"))
     add("--resolution", "of the images", type=positive_int)
@@ -383,6 +415,9 @@ def parse(argv):
     for name, (usual, of_toy) in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, of_toy if args.input == "toy" else usual)
+    least, most = args.cfg_text
+    if least > most:
+        p.error(f"--cfg-text {least} {most}: give the smaller number first")
     return p, args
 
 

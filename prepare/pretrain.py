@@ -27,7 +27,7 @@ import toy
 from checkpoint import save_network, write_json
 from cli import Parser, errors, number, positive_int
 from losses import ClipScorer
-from train import noise_error, update_average
+from train import SETTINGS, noise_error, update_average
 from uip2p import TIMESTEPS, EditModel
 from unet import UNet
 from vae import VAE
@@ -250,7 +250,7 @@ def pretrain_text2image(path, steps, precision):
         noise = torch.randn_like(z_0)
         t = torch.randint(TIMESTEPS, (len(z_0),))
         eps = unet(model.add_noise(z_0, noise, t), t, context)
-        return noise_error(model, eps, noise, t)
+        return noise_error(model, eps, noise, t, SETTINGS["snr_weight"][3])
 
     # ---- train and save
     train(unet, loss_of, steps, 1e-3, precision, "text2image")

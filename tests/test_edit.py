@@ -1,6 +1,7 @@
 """edit.py as a user runs it, on the tiny random model of golden/, whose images mean nothing."""
 import io
 import json
+import math
 import os
 import shutil
 import struct
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,13 +155,24 @@ def test_saved_images_are_read_back_exactly(tmp_path):
     assert Image.open(tmp_path / "b.png").text == {"edit": "make it ❄", "model": "caf\\udce9"}
 
 
+@pytest.mark.parametrize("size, published, ours", [                          # (W, H), of 512
+    ((512, 512), (512, 512), (512, 512)), ((1024, 768), (512, 384), (512, 384)), ((640, 427), (512, 384), (576, 384)),
+    ((427, 640), (384, 512), (384, 576)), ((500, 333), (576, 384), (576, 384)), ((1920, 1080), (512, 320), (576, 320)),
+    ((513, 1025), (320, 576), (320, 640)), ((300, 97), (576, 192), (576, 192)), ((98, 98), (448, 448), (512, 512))])
+def test_the_longer_side_of_an_edit_is_about_the_resolution(size, published, ours):
+    """The published sizes are what edit_cli.py of InstructPix2Pix and MagicBrush's script compute."""
+    sd = SimpleNamespace(vae=SimpleNamespace(factor=8), unet=SimpleNamespace(down_blocks=range(4)))
+    assert edit.edit_size(sd, "a photo", size[::-1], 512) == ours[::-1]
+    assert edit.edit_size(sd, "a photo", size[::-1], 512, math.floor) == published[::-1]
+
+
 def test_one_command_has_one_result_and_says_its_settings(tmp_path, capsys):
     source = picture(tmp_path / "in.png")
     first = run(source, tmp_path / "a.png", *WORDS)
     said = capsys.readouterr()
     assert first == run(source, tmp_path / "b.png", *WORDS)
     seen = [load_image(source), load_image(tmp_path / "a.png")]
-    for flags in ((), ("--seed", 1), ("--steps", 3), ("--cfg-text", 2), ("--cfg-image", 3), ("--resolution", 24)):
+    for flags in ((), ("--seed", 1), ("--steps", 3), ("--cfg-text", 2), ("--cfg-image", 3), ("--resolution", 32)):
         run(source, tmp_path / "c.png", "--edit", "make it rain", *flags)
         image = load_image(tmp_path / "c.png")
         assert not any(torch.equal(image, other) for other in seen), flags

@@ -1,5 +1,8 @@
 """Prompt-to-Prompt, the files that hold its pairs, and the measure of how much they change outside of the edit."""
+import copy
+import functools
 import json
+import random
 import shutil
 
 import pytest
@@ -19,18 +22,85 @@ def toy_model():
     return EditModel.from_pretrained(pairs.TOY + "/text2image")
 
 
-def words(text):
-    return text.split() + ["."] * (6 - len(text.split()))
+SAME = {(5, 5), (6, 6)}                                      # what is padding in both texts goes on from its place
 
 
 @pytest.mark.parametrize("edited, expected", [
-    ("a red cat here", {(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5)}),
-    ("a blue dog here", {(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5)}),       # replaced one for one
-    ("a cat here", {(0, 0), (2, 1), (3, 2), (4, 3), (5, 4)}),                    # one word fewer, one more padding
-    ("a big red cat here", {(0, 0), (1, 2), (2, 3), (3, 4), (4, 5)})])
-def test_words_go_on_from_the_same_word_or_the_one_they_replace(edited, expected):
-    matrix = alignment(words("a red cat here"), words(edited))
-    assert {tuple(place) for place in matrix.nonzero().tolist()} == expected
+    ("a red cat here .", {(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)}),
+    ("a blue dog here .", {(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)}),             # a replacement
+    ("a cat here .", {(0, 0), (2, 1), (3, 2), (4, 3), (4, 4)}),                  # padding goes on from the end token
+    ("a dog here .", {(0, 0), (3, 2), (4, 3), (4, 4)}),                          # a refinement: the dog is new
+    ("a big red dog here .", {(0, 0), (1, 2), (3, 4), (4, 5), (6, 6)}),
+    ("a cat and a cat here .", {(0, 0), (2, 1), (3, 5), (4, 6)})])               # the first of equal ones
+def test_tokens_go_on_from_equal_ones_and_padding_from_its_place(edited, expected):
+    tokens = edited.split()
+    matrix = alignment("a red cat here .".split(), tokens, 7)
+    places = {tuple(place) for place in matrix.nonzero().tolist()}
+    assert places == (expected | SAME if len(tokens) <= 5 else expected)
+
+
+def needleman_wunsch(x, y):
+    """Which token of x each of y goes on from, or -1: the best path by a match of 1, a mismatch of -1 and gaps of 0.
+    Of equal paths, from the end: the one that takes a gap in x, else one in y."""
+    @functools.cache
+    def best(i, j):
+        if not i or not j:
+            return 0
+        return max(best(i, j - 1), best(i - 1, j), best(i - 1, j - 1) + (1 if x[i - 1] == y[j - 1] else -1))
+
+    def path(i, j):
+        if not j:
+            return []
+        if not i or best(i, j) == best(i, j - 1):
+            return path(i, j - 1) + [-1]
+        if best(i, j) == best(i - 1, j):
+            return path(i - 1, j)
+        return path(i - 1, j - 1) + [i - 1]
+    return path(len(x), len(y))
+
+
+def test_attention_is_edited_as_by_prompt_to_prompt():
+    """Its refinement: each token takes the first image's map of the token that it goes on from, if there is one, and
+    otherwise keeps its own; from the text's end on, the map at its place."""
+    rng, cases = random.Random(0), 0
+    while cases < 40:
+        x, y = ([0, *rng.choices(range(1, 6), k=rng.randint(1, 8)), 9] for _ in range(2))
+        if len(x) == len(y):
+            continue
+        first, second = torch.rand(2, 1, 2, 3, 12).softmax(-1)                            # (1, heads, N, L)
+        mapper = needleman_wunsch(x, y) + list(range(len(y), 12))
+        expected = torch.stack([(first if source >= 0 else second)[..., source if source >= 0 else place]
+                                for place, source in enumerate(mapper)], -1)
+        given, on = torch.cat([first, second, first, second]), torch.ones(1, 1, 1, 1, dtype=bool)
+        shared = share(given, True, alignment(x, y, 12)[None, None], on, 0)
+        torch.testing.assert_close(shared, torch.cat([first, expected, first, second]))
+        cases += 1
+
+
+class Levels(torch.nn.Module):
+    """Stands for a UNet of some resolutions; finds out in which of them self-attention is shared."""
+    def __init__(self, levels):
+        super().__init__()
+        self.conv_in, self.attention = torch.nn.Conv2d(1, 1, 1), Attention(2, 2, 1)
+        self.down_blocks, self.shared = range(levels), set()
+
+    def forward(self, x, t, context):
+        for side in (x.shape[-1] >> level for level in self.down_blocks):
+            probs = torch.arange(4.0)[:, None, None, None].expand(4, 1, 1, side ** 2)
+            first, second, *without_text = self.attention.control(probs, False)[:, 0, 0, 0].tolist()
+            assert (first, without_text) == (0, [2, 3])
+            self.shared |= {side} if second == 0 else set()
+        return x[:, :4]
+
+
+@pytest.mark.parametrize("latents, levels, shared", [(64, 4, {16, 8}), (32, 4, {8, 4}), (8, 2, {4})])
+def test_self_attention_is_shared_in_the_coarser_half_of_the_unet(toy_model, latents, levels, shared):
+    """In Stable Diffusion at 512x512 up to 16x16 pixels, as Prompt-to-Prompt's code has it."""
+    model = copy.copy(toy_model)
+    model.unet = Levels(levels)
+    noise = torch.zeros(1, 4, latents, latents)
+    prompt_to_prompt(model, ["a circle"], ["a cross"], torch.full((1,), 0.5), noise, 1, torch.ones(1))
+    assert model.unet.shared == shared
 
 
 def test_a_control_replaces_the_probabilities_of_both_kinds_of_attention():
@@ -65,13 +135,13 @@ def test_a_control_holds_only_inside_also_if_something_fails(toy_model):
 def test_attention_is_shared_in_the_first_steps_only(toy_model, monkeypatch):
     seen = []
 
-    def record(probs, is_text, aligned, active):
+    def record(probs, is_text, aligned, active, coarse):
         if is_text and active.flatten().tolist() not in seen:
             seen.append(active.flatten().tolist())
-        return share(probs, is_text, aligned, active)
+        return share(probs, is_text, aligned, active, coarse)
     monkeypatch.setattr(pairs, "share", record)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    prompt_to_prompt(toy_model, CAPTIONS, EDITED, torch.tensor([0.75, 0.1]), noise, 4, 3.0)
+    prompt_to_prompt(toy_model, CAPTIONS, EDITED, torch.tensor([0.75, 0.1]), noise, 4, torch.full((2,), 3.0))
     assert seen == [[True, True], [True, False]] and controls(toy_model) == {None}
 
 
@@ -79,25 +149,28 @@ CAPTIONS = ["a red circle on a white background", "a blue cross and a red square
 EDITED = ["a green circle on a white background", "a blue cross on a teal background"]
 
 
-def sampled(model, captions, noise):
+def sampled(model, captions, noise, scale):
     with torch.no_grad():
-        return model.decode(model.sample(torch.zeros_like(noise), captions, noise, 5, 3., 1.)).clamp(-1, 1)
+        return model.decode(model.sample(torch.zeros_like(noise), captions, noise, 5, scale, 1.)).clamp(-1, 1)
 
 
 def test_without_shared_steps_both_images_are_what_their_captions_give(toy_model):
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    image, edited = prompt_to_prompt(toy_model, CAPTIONS, EDITED, torch.zeros(2), noise, 5, 3.)
-    torch.testing.assert_close(image, sampled(toy_model, CAPTIONS, noise), atol=1e-4, rtol=0)
-    torch.testing.assert_close(edited, sampled(toy_model, EDITED, noise), atol=1e-4, rtol=0)
+    image, edited = prompt_to_prompt(toy_model, CAPTIONS, EDITED, torch.zeros(2), noise, 5, torch.tensor([3., 9.]))
+    for b, scale in ((0, 3.), (1, 9.)):                       # each pair has a guidance scale of its own
+        for images, texts in ((image, CAPTIONS), (edited, EDITED)):
+            alone = sampled(toy_model, texts[b:b + 1], noise[b:b + 1], scale)
+            torch.testing.assert_close(images[b:b + 1], alone, atol=2e-4, rtol=0)
 
 
 def test_sharing_attention_changes_only_the_edited_image_and_brings_it_nearer(toy_model):
     edits = [e for e in (toy.edit("validation", i) for i in range(60)) if e.kind == "shape"]
     texts = [e.scene.caption for e in edits], [e.edited.caption for e in edits]
     noise = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    apart = prompt_to_prompt(toy_model, *texts, torch.zeros(12), noise, 5, 3.)
+    scales = torch.full((12,), 3.)
+    apart = prompt_to_prompt(toy_model, *texts, torch.zeros(12), noise, 5, scales)
     shares = torch.ones(12).index_fill(0, torch.tensor([0]), 0)               # each pair has one of its own
-    image, edited = prompt_to_prompt(toy_model, *texts, shares, noise, 5, 3.)
+    image, edited = prompt_to_prompt(toy_model, *texts, shares, noise, 5, scales)
     torch.testing.assert_close(image, apart[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(edited[0], apart[1][0], atol=1e-4, rtol=0)
     assert (edited - image)[1:].abs().mean() < (apart[1] - apart[0])[1:].abs().mean()
@@ -118,6 +191,7 @@ def test_pairs_are_written_as_instruct_pix2pix_has_them_and_resumed(tmp_path):
             "caption": edit.scene.caption, "edit": edit.instruction, "output": edit.edited.caption}
         rows = [json.loads(line) for line in files[f"{name}/metadata.jsonl"].splitlines()]
         assert [row["seed"] for row in rows] == seeds and 0 < len(seeds) <= 4
+        assert {row["cfg_scale"] for row in rows} == {3}
         directions = [row["clip_sim_dir"] for row in rows]
         assert directions == sorted(directions, reverse=True) and all(.1 <= row["p2p_threshold"] <= .9 for row in rows)
         assert all(row[key] >= value for row in rows for key, value in least.items())
@@ -134,7 +208,9 @@ def test_pairs_are_written_as_instruct_pix2pix_has_them_and_resumed(tmp_path):
 def test_other_texts_than_those_of_the_output_are_refused(tmp_path, capsys):
     make(tmp_path / "pairs")
     texts = next((tmp_path / "pairs").glob("*/prompt.json"))
-    texts.write_text(texts.read_text().replace("caption", "text"))
+    texts.write_text(texts.read_text().replace('"caption"', '"input"'))          # as InstructPix2Pix's own data has it
+    make(tmp_path / "pairs")
+    texts.write_text(texts.read_text().replace("background", "table"))
     assert "another edit" in refused(capsys, tmp_path / "pairs")
 
 
@@ -148,11 +224,26 @@ def refused(capsys, *argv):
 
 @pytest.mark.parametrize("flags, says", [
     (["--seed", "7"], "another seed"), (["--steps", "3"], "another steps"),
-    (["--cfg-text", "0.5"], "--cfg-text"), (["--biases"], "no effect on --biases")])
+    (["--cfg-text", "0.5", "3"], "--cfg-text"), (["--cfg-text", "9", "8"], "--cfg-text 9.0 8.0"),
+    (["--biases"], "no effect on --biases")])
 def test_other_settings_than_those_of_the_output_are_refused(tmp_path, capsys, flags, says):
     if flags[0] in ("--seed", "--steps"):
         make(tmp_path / "pairs")
     assert says in refused(capsys, tmp_path / "pairs", *flags)
+
+
+def test_guidance_is_drawn_for_each_pair_between_instruct_pix2pixs_7_5_and_15(monkeypatch, toy_model):
+    args, given = pairs.parse(["--input", "edits.jsonl", "--resolution", "32"])[1], []
+    def record(model, captions, edited_captions, shares, noise, steps, scales):
+        given.extend(scales.tolist())
+        return torch.zeros(2, len(captions), 3, 32, 32)
+    monkeypatch.setattr(pairs, "prompt_to_prompt", record)
+    monkeypatch.setattr(pairs, "similarities", lambda scorer, images, *_: {name: images[:, 0, 0, 0]
+                                                                           for name in pairs.SCORES})
+    edits = [dict(caption="a", instruction="b", edited_caption="c")] * 200
+    rows = [row for row, _, _ in pairs.sample_pairs(toy_model, None, edits, range(200), args)]
+    assert [row["cfg_scale"] for row in rows] == given and len(set(given)) == 200
+    assert 7.5 <= min(given) < 7.8 and 14.7 < max(given) <= 15 and 10.8 < sum(given) / 200 < 11.7
 
 
 def test_settings_bind_only_when_there_are_pairs(tmp_path, capsys):

@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
     data = magicbrush(path / "data", (1, 3, 2))
     sessions = json.loads((data / "edit_sessions.json").read_text())
     sessions["1000"][0]["instruction"] = "make <script>alert('it')</script> \"{{PICK}}\" & snow"
-    rewrite(data, edit_sessions=sessions, edit_turns=sum(sessions.values(), []))
+    rewrite(data, edit_sessions=sessions)
     for grey, method in enumerate(METHODS):
         save_png(torch.full((3, 24 + 8 * grey, 24), grey - 1.), path / "grey.png", {"model": method})
         answers(read_magicbrush(data), path / method, lambda session, turn: path / "grey.png")

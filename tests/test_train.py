@@ -760,6 +760,31 @@ def test_conditioning_dropout(model):
         torch.testing.assert_close(context[b], with_text if text[b] else without)
 
 
+def test_the_baseline_of_real_data_has_the_published_loss(model):
+    """InstructPix2Pix's loss and its gradients, computed by its formula: all t count alike."""
+    args = options("--objective", "ip2p", "--data", "photos", "--precision", "fp32")
+    batch, seen = next(batches(open_data(options("--objective", "ip2p"))[0], 4, seed=0)), []
+    hook = model.unet.register_forward_pre_hook(lambda module, given: seen.append([x.clone() for x in given]))
+    loss = train.compute_losses(model, None, batch, args, torch.Generator().manual_seed(1))["loss"]
+    hook.remove()
+    weights = [weight for weight in model.unet.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(loss, weights)
+
+    # The noise is what was added to the latents: their sample is drawn first, then the noise, then t.
+    generator = torch.Generator().manual_seed(1)
+    torch.rand(4, generator=generator)
+    mean, logvar = model.vae.moments(batch.edited_images)
+    z_0 = model.vae.scaling_factor * (mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator))
+    noise, ((x, t, context),) = torch.randn(mean.shape, generator=generator), seen
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    abar = (1 - betas).cumprod(0)[t].float()[:, None, None, None]
+    torch.testing.assert_close(x[:, :4], abar.sqrt() * z_0 + (1 - abar).sqrt() * noise, atol=1e-5, rtol=1e-5)
+    expected = torch.nn.functional.mse_loss(model.unet(x, t, context), noise)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_denoising_is_towards_the_targets_and_weighs_by_the_signal(model):
     """The loss of a network that is wrong by 1 everywhere is the weight 1 / SNR, at most 5; of the right one, 0."""
     images, targets = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -771,7 +796,8 @@ def test_denoising_is_towards_the_targets_and_weighs_by_the_signal(model):
     model.add_noise = watched
     for wrong_by in (0.0, 1.0):
         model.unet.forward = lambda x, t, context: drawn[-1][1] + wrong_by
-        loss = train.denoising_loss(model, images, targets, ["a"] * 6, torch.ones(6), torch.Generator().manual_seed(3))
+        generator = torch.Generator().manual_seed(3)
+        loss = train.denoising_loss(model, images, targets, ["a"] * 6, torch.ones(6), generator, options().snr_weight)
         z_0, noise, t = drawn[-1]
         betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
         abar = (1 - betas).cumprod(0)[t]
@@ -789,9 +815,9 @@ def test_what_each_objective_denoises(model, monkeypatch, objective, warming_up)
     monkeypatch.setattr(train, "round_trip_losses", lambda *_: {"cec": torch.ones(()) * 2})
     batch = next(batches(open_data(args)[0], 64, seed=0))
     out = train.compute_losses(model, None, batch, args, torch.Generator().manual_seed(0), warming_up)
-    ((_, images, targets, texts, r, _),) = calls
+    ((_, images, targets, texts, r, _, snr_weight),) = calls
     assert images is batch.images and len(r) == len(texts) == 64
-    assert out["loss"] == (1 if objective == "ip2p" or warming_up else 3)
+    assert out["loss"] == (1 if objective == "ip2p" or warming_up else 3) and snr_weight == 5
     if objective == "ip2p":
         assert targets is batch.edited_images and texts == batch.instructions and r.max() > 0.9 and r.min() < 0.1
     else:                                                     # the input itself, a third each: image, nothing, caption
