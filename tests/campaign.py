@@ -291,11 +291,18 @@ def damage(fixture, name, change, copy):
 
 def as_if_whole(folder, f):
     """The judge of odd inputs: what has no bearing on the result is good."""
-    for base, file in RESULTS.items():
-        reference = f / file.replace("run/", "reference/")
-        if (folder / file).is_file() and (folder / file).read_bytes() == reference.read_bytes():
+    for file in RESULTS.values():
+        if (folder / file).is_file() and result(folder / file) == result(f / file.replace("run/", "reference/")):
             return None
     return "the result is another one than that of the undamaged input, and nothing is said"
+
+
+def result(path):
+    """The pixels of a picture, without the settings in it; the bytes of another file."""
+    if path.suffix != ".png":
+        return path.read_bytes()
+    with Image.open(path) as picture:
+        return picture.tobytes()
 
 
 def has_size(size):
