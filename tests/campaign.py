@@ -62,7 +62,7 @@ from test_instructions import PROMPT, make_model
 COMMANDS = {"edit.py": edit, "train.py": train, "prepare.instructions": instructions, "prepare.pairs": pairs,
             "prepare.pretrain": pretrain, "experiments.evaluate": evaluate, "experiments.claims": claims,
             "experiments.published": published, "experiments.survey": survey, "experiments.benchmark": benchmark}
-SECONDS, LETTERS, MEMORY = 60, 500, 8 * 2 ** 30               # at most, for an input; for a message; bytes
+SECONDS, LETTERS, MEMORY = 60, 500, 4 * 2 ** 30               # at most, for an input; for a message; bytes
 # What only a programmer understands.
 INTERNAL = re.compile(r"NoneType|KeyError|has no attribute|not subscriptable|unhashable|unexpected keyword|size_t|"
                       r"error: '\w*'$|error: $|not supported between|positional argument")
@@ -225,7 +225,7 @@ def fixtures_in(f):
     scene().save(f / "photo.png")
     photo, text = (f / "photo.png").read_bytes(), json.dumps(row()).encode()
     write({"data/0.png": photo, "data/metadata.jsonl": LINES, "lines.jsonl": LINES,
-           "captions.txt": "a dog on a lawn\nan old boat\n",
+           "captions.txt": "a dog on a lawn\nan old boat\n", "golden/edit_defaults.json": {"steps": 1},
            "shard.tar": tar({"0.png": photo, "0.txt": b"a circle", "0.json": text})})(f)
     instruct_pix2pix(f / "ip2p")
     sessions = read_magicbrush(magicbrush(f / "magicbrush", (1, 2)))
