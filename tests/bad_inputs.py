@@ -117,7 +117,7 @@ PATHS = {
     "endless": lambda path: path.symlink_to("/dev/zero"),
     "unreadable": lambda path: (path.write_bytes(b"x"), path.chmod(0)),
     "closed": lambda path: (path.mkdir(), path.chmod(0))}
-NAMES = ["", "n" * 300, "two\nlines", "caf\udce9", "../../fixtures/photo.png/x", "a/" * 3000]
+NAMES = ["", "n" * 300, "two\nlines", "caf\udce9", "../../fixtures/photo.png/x"]
 VALUES = ["x", -1, 0, 10 ** 30, math.nan, []]               # under a key of a JSON file
 # Values that a model may well have, although they change the edit.
 LEGAL = {("norm_eps", "0"), ("layer_norm_eps", "0"), ("steps_offset", "0"), ("beta_start", "0")}
