@@ -182,7 +182,7 @@ def lines(needed=()):
     found = {text[:20]: text.encode() for text in (
         '{"image": "0.pn', "[]", "null", "7", '"a"', "{} {}", "[" * 100_000, '{"a":' * 100_000, "{'image': '0.png'}",
         '{"seed": ' + "9" * 9999 + "}")}
-    found |= {"not UTF-8": b'{"image": "0.png", "caption": "caf\xe9"}', "UTF-16": json.dumps(row()).encode("utf-16")}
+    found["not UTF-8"] = b'{"image": "0.png", "caption": "caf\xe9"}'
     for key in needed:
         found[f"no {key}"] = json.dumps({k: v for k, v in row().items() if k != key}).encode()
         for new in ("", " \t", 7, None, ["a"], {"a": 1}, "\ud800", "word " * 200_000):

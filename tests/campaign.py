@@ -160,9 +160,10 @@ def attempt(case, folder, fixtures):
         return "traceback", f"{last[:300]} (exit status {status})"
     if status == 0:
         if not case.good:
-            return "silent", f"exit status 0; {changed[:6]}"
+            said = any(line.startswith("skipped ") for line in errors)        # a part of the input, by its name
+            return None if said else ("silent", f"exit status 0; {changed[:6]}")
         problem = case.good(folder, fixtures)
-        return problem and ("silent", problem)
+        return ("silent", problem) if isinstance(problem, str) else None
     if case.good and not case.may:
         return "refused", last
     if status != 2 or not last.startswith(f"{case.command}: error: ") or len(last) > LETTERS:
@@ -373,7 +374,7 @@ def of_paths():
         for kind in ("loop", "folder") if suffix else ("loop", "empty", "fifo", "null"):
             path, more = kind + suffix, {}
             if kind == "loop" and suffix:                     # a file may be written in the place of the link
-                more = {"may": True, "good": lambda folder, f, path=path: None if (folder / path).is_file() else "no file"}
+                more = {"may": True, "good": lambda folder, f, path=path: (folder / path).is_file() or "no file"}
             yield case(base, f"output {kind}", [flag, path], make=at(path, PATHS[kind]), **more)
         for name in ("", F + "photo.png/out" + suffix, "n" * 300 + suffix, "/proc/none/out" + suffix):
             yield case(base, f"output {name[-18:]!a}", [flag, name])
