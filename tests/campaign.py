@@ -88,6 +88,7 @@ class Case:
 
 def in_child(function, folder, log, limit=None):
     """Runs function() in a forked process, inside of a folder -> its exit status, None if it took too long."""
+    reader, writer = os.pipe()                                # a pipe is not part of a disk that is full
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -95,8 +96,8 @@ def in_child(function, folder, log, limit=None):
             os.setsid()
             os.chdir(folder)
             torch.set_num_threads(1)
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(writer, 2)
             sys.stdin, sys.stdout = open(os.devnull), open(1, "w", encoding="utf-8", closefd=False)
             sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
             if sys.platform == "linux":                       # root, too, has to obey permissions
@@ -115,10 +116,17 @@ def in_child(function, folder, log, limit=None):
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(status)
-    end = time.monotonic() + SECONDS
+    os.close(writer)
+    os.set_blocking(reader, False)
+    end, errors = time.monotonic() + SECONDS, b""
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(reader, 2 ** 16):
+                errors += data
         if done or time.monotonic() > end:
+            log.write_bytes(errors)
+            os.close(reader)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)                # also what it started
             if not done:
@@ -148,11 +156,11 @@ def attempt(case, folder, fixtures):
     folder.mkdir(parents=True)
     if case.make:
         case.make(folder)
-    before, log = snapshot(folder), folder.with_name(folder.name + ".log")
+    before, log = snapshot(folder), folder.with_name(folder.name + ".err")
     status = in_child(partial(run, fixtures, case.command, *case.argv), folder, log, case.limit)
     after = snapshot(folder)
     changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
-    errors = Path(f"{log}.err").read_text(errors="replace").strip().split("\n")
+    errors = log.read_text(errors="replace").strip().split("\n")
     last = errors[-1].replace(f"{fixtures}/", "").replace(f"{ROOT}/", "")
     if status is None:
         return "hang", f"more than {SECONDS} s; {last}"
@@ -511,7 +519,7 @@ def prepare(base, parts):
     for folder in ("fixtures", "cases/setup"):
         (base / folder).mkdir(parents=True)
     for make in parts:
-        if in_child(partial(make, base / "fixtures"), base / "cases/setup", base / "setup") != 0:
+        if in_child(partial(make, base / "fixtures"), base / "cases/setup", base / "setup.err") != 0:
             raise RuntimeError((base / "setup.err").read_text())
 
 
