@@ -72,11 +72,11 @@ RULES = {
     "beta_schedule": ("scaled_linear",), "beta_start": Real(1e-6, 0.5), "beta_end": Real(1e-6, 0.5),
     "trained_betas": WITHOUT, "rescale_betas_zero_snr": WITHOUT, "clip_sample": WITHOUT,
     "thresholding": WITHOUT, "prediction_type": ("epsilon",), "num_train_timesteps": (1000,),
-    "steps_offset": range(2), "set_alpha_to_one": (None, True),
-    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "steps_offset": range(2),
     # edit_defaults.json, what a model recommends for its edits
     "steps": range(1, 1000), "text_guidance": Real(0, 1000), "image_guidance": Real(0, 1000),
     "resolution": range(16, 2049)}
+DDIM_RULES = {"timestep_spacing": ("leading",), "set_alpha_to_one": WITHOUT}
 PIPELINES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "InstructPix2Pix", "Img2Img"))
 
 def allows(rule, value):
@@ -165,7 +165,7 @@ def read(path, others=None, **rules):
     return config
 
 def read_weights(folder, stem):
-    """The state dict of a part, of finite floats."""
+    """The state dict of a part, of floats."""
     state = {}
     for file in weight_files(folder, stem):
         with about(f"{file} cannot be read"):
@@ -173,9 +173,8 @@ def read_weights(folder, stem):
             state |= load_file(file)
     for name, weight in state.items():
         is_float = weight.is_floating_point() or name.endswith("position_ids")    # 0, 1, 2, ..., 76
-        if not is_float or not weight.float().sum().isfinite():
-            raise ValueError(f"{folder}: {name}, of {weight.dtype}, has weights that are quantised "
-                             "or not finite; choose a model of floats")
+        if not is_float:
+            raise ValueError(f"{folder}: {name} is quantised, {weight.dtype}, not of floats")
     return state
 
 def refuse_pointer(file):
@@ -201,6 +200,8 @@ def load(path_or_id, device, dtype):
     if width != wanted:
         raise ValueError(f"{path}: the text encoder's width is {width}, the UNet takes {wanted}")
     scheduler = read(path / "scheduler/scheduler_config.json")
+    if scheduler.get("_class_name") == "DDIMScheduler":   # the spacing of others is their own
+        check(path / "scheduler/scheduler_config.json", scheduler, DDIM_RULES)
     defaults = read(recommended, WITHOUT) if recommended.is_file() else {}
     for module in (unet, vae, text_encoder):              # convolutions are faster channels_last
         module.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False).eval()

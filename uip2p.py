@@ -102,25 +102,16 @@ class EditModel:
         return e_none + s_I * (e_image - e_none) + s_T * (e_image_text - e_image)
 
     def ddim_timesteps(self, steps):
-        """DDIM's timesteps, descending, as the scheduler spaces them (arXiv 2305.08891, table 2);
-        "leading", Stable Diffusion's: multiples of the stride 1000 // steps, plus the offset."""
+        """DDIM's timesteps, descending: multiples of the stride 1000 // steps, plus the offset."""
         offset = self.scheduler.get("steps_offset", 1)
         if not 1 <= steps <= TIMESTEPS - offset:
             raise ValueError(f"steps must be from 1 to {TIMESTEPS - offset}, not {steps}")
-        spacing = self.scheduler.get("timestep_spacing", "leading")
-        if spacing == "trailing":
-            return [round(TIMESTEPS * i / steps) - 1 for i in range(steps, 0, -1)]
-        if spacing == "linspace":
-            return [round(t) for t in torch.linspace(0, TIMESTEPS - 1, steps).tolist()][::-1]
         return [i * (TIMESTEPS // steps) + offset for i in reversed(range(steps))]
 
     def ddim_step(self, z_t, eps, t, stride):
         """DDIM with eta = 0: estimate z_0, then add the predicted noise again, but less of it."""
-        z_0, before = self.predict_z0(z_t, eps, t), t - stride
-        z_before = self.add_noise(z_0, eps, before.clamp(min=0))              # z_(t - stride)
-        if self.scheduler.get("set_alpha_to_one"):       # below t = 0 its abar is 1, not abar_0
-            z_before = torch.where(before[:, None, None, None] < 0, z_0, z_before)
-        return z_before
+        z_0 = self.predict_z0(z_t, eps, t)
+        return self.add_noise(z_0, eps, (t - stride).clamp(min=0))            # z_(t - stride)
 
     @torch.no_grad()
     def sample(self, image, instructions, noise, steps, text_guidance, image_guidance,

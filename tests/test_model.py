@@ -155,7 +155,7 @@ def test_attention_maps_sum_to_one_and_capture_changes_nothing(golden, expected)
     for m in maps:
         assert m.shape[:2] == (2, 8) and m.shape[-1] == 77
         torch.testing.assert_close(m.sum(-1), torch.ones_like(m[..., 0]))
-    assert_close(eps, golden.unet(*inputs), 1e-6)
+    assert_close(eps, golden.unet(*inputs), 5e-6)
 
 
 @torch.no_grad()
@@ -568,13 +568,12 @@ NORM, SCHEDULER = "text_model.final_layer_norm.weight", "scheduler/scheduler_con
     ("text_encoder/config.json", changed(vocab_size=600), "text_encoder"),
     ("tokenizer/tokenizer_config.json", changed(model_max_length=-1), "texts have -1 tokens"),
     ("tokenizer/tokenizer_config.json", changed(model_max_length="77"), "tokenizer"),
-    (UNET, turn("conv_out.weight", lambda w: w.to(torch.int8)), "conv_out.weight, of torch.int8"),
-    (VAE_FILE, turn("quant_conv.bias", lambda w: w * float("nan")), "quant_conv.bias"),
-    (TEXT, turn(NORM, lambda w: w / 0), "final_layer_norm.weight"),
+    (UNET, turn("conv_out.weight", lambda w: w.to(torch.int8)), "conv_out.weight is quantised, torch.int8"),
+    (TEXT, turn(NORM, lambda w: w.to(torch.int8)), "final_layer_norm.weight is quantised, torch.int8"),
     *[(SCHEDULER, changed(**{key: value}), f"{key} = {value}") for key, value in {
-        "beta_end": -1, "beta_start": -0.1, "steps_offset": -5, "clip_sample": True, "thresholding": True,
-        "set_alpha_to_one": 2}.items()],
-    (SCHEDULER, changed(timestep_spacing="karras"), "timestep_spacing"),
+        "beta_end": -1, "beta_start": -0.1, "steps_offset": -5, "clip_sample": True, "thresholding": True}.items()],
+    *[(SCHEDULER, changed(_class_name="DDIMScheduler", **{key: value}), f"{key} = {value!r}") for key, value in {
+        "timestep_spacing": "trailing", "set_alpha_to_one": True}.items()],
     ("model_index.json", changed(_class_name="StableDiffusionXLPipeline"), "StableDiffusionXLPipeline"),
     ("model_index.json", changed(_class_name="PixArtAlphaPipeline"), "PixArtAlphaPipeline"),
     ("unet", without_a_shard, "00001-of-00002.safetensors: of such files only 1"), ("", empty, "model"),
@@ -646,28 +645,9 @@ def test_ddim_timesteps(golden, steps, first, last):
     assert {a - b for a, b in zip(timesteps, timesteps[1:])} <= {1000 // steps}
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 15, 20, 25, 30, 50, 100, 999])
-def test_the_scheduler_says_how_timesteps_are_spaced(golden, steps, monkeypatch):
-    """By diffusers' formulas."""
-    spacings = {"leading": np.arange(steps)[::-1] * (1000 // steps) + 1,
-                "trailing": np.round(np.arange(1000, 0, -1000 / steps)) - 1,
-                "linspace": np.linspace(0, 999, steps).round()[::-1]}
-    for spacing, timesteps in spacings.items():
-        monkeypatch.setattr(golden, "scheduler", golden.scheduler | {"timestep_spacing": spacing})
-        assert golden.ddim_timesteps(steps) == timesteps.tolist()
-
-
-@pytest.mark.parametrize("spacing, last", [("leading", 1), ("trailing", 249)])
-def test_the_last_step_ends_at_the_schedules_first_abar_or_at_one(golden, spacing, last, monkeypatch):
-    z, eps, t = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([last])
-    z_0 = golden.predict_z0(z, eps, t)
-    for one, reference in ((False, golden.add_noise(z_0, eps, torch.tensor([0]))), (True, z_0)):
-        changes = {"timestep_spacing": spacing, "set_alpha_to_one": one}
-        monkeypatch.setattr(golden, "scheduler", golden.scheduler | changes)
-        assert golden.ddim_timesteps(4)[-1] == last
-        assert torch.equal(golden.ddim_step(z, eps, t, 250), reference)
-        assert torch.equal(golden.ddim_step(z, eps, t + 250, 250), golden.add_noise(
-            golden.predict_z0(z, eps, t + 250), eps, t))      # a step that is not the last
+def test_the_spacing_of_another_sampler_is_its_own(golden, checkpoint):
+    changed(_class_name="EulerDiscreteScheduler", timestep_spacing="linspace")(checkpoint / SCHEDULER)
+    assert EditModel.from_pretrained(checkpoint).ddim_timesteps(4) == golden.ddim_timesteps(4)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000])              # of 1000, the first would be at timestep 1000
