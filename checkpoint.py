@@ -4,7 +4,8 @@ A model is a directory or an id of the hub, with SD 1.5's unet/, vae/, text_enco
 scheduler/.  Only safetensors are read.  Errors are a ValueError of one line that names the file.
 """
 import json
-import tempfile
+import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from cli import peak_memory, replace_file
+from cli import peak_memory, replace_file, sweep, unfinished
 from data import parse_json
 from pictures import curves, save_png
 from unet import SD15, UNet, inflate_conv_in
@@ -200,12 +201,23 @@ def load_clip(path_or_id, device):
 
 # ---- save -------------------------------------------------------------------------------------
 
+@contextmanager
+def new_files(path):
+    """A new folder; its files go to `path` when all are written.  ValueError if one cannot be."""
+    with about(f"{path} cannot be written"):
+        path.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        with unfinished(path / "new") as new:
+            new.mkdir()
+            yield new
+            for file in new.glob("**/*.*"):
+                target = path / file.relative_to(new)
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+
 def save(model, path):
-    """Writes a model in the hub's layout, each file under a temporary name first."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path) as temporary:
-        new = Path(temporary)
+    """Writes a model in the hub's layout."""
+    with new_files(Path(path)) as new:
         save_network(model.unet, new / "unet")
         save_network(model.vae, new / "vae")
         model.text_encoder.config.save_pretrained(new / "text_encoder")
@@ -216,10 +228,6 @@ def save(model, path):
         write_json(MODEL_INDEX, new / "model_index.json")
         if model.defaults:
             write_json(model.defaults, new / "edit_defaults.json")
-        for file in new.glob("**/*.*"):
-            target = path / file.relative_to(new)
-            target.parent.mkdir(exist_ok=True)
-            file.replace(target)
 
 def save_network(module, folder):
     """A UNet or VAE, under the names that other libraries read."""
@@ -242,7 +250,18 @@ def save_run(folder, settings, parts, run):
     """Writes state.pt: settings and numbers of a run (dicts), and parts that have a state_dict."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state = {"settings": settings, "parts": state, "run": run}
-    replace_file(folder / "state.pt", lambda file: torch.save(state, file))
+
+    def write(file):
+        with open(file, "wb") as stream:
+            torch.save(state, stream)                 # a zip archive, as torch writes it
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = seal(archive)
+    replace_file(folder / "state.pt", write)
+
+def seal(archive):
+    """A checksum of the names and checksums of all parts of an archive, which says that we wrote it."""
+    names = [(part.filename, part.CRC) for part in archive.infolist()]
+    return b"%08x" % zlib.crc32(repr(names).encode())
 
 def save_log(args, run):
     """Adds a row to log.csv and curves.png: the means of run.losses since the last row."""
@@ -250,6 +269,8 @@ def save_log(args, run):
     means = {name: round(sum(x) / len(x), 4) for name, x in run.losses.items()}
     row = {"step": run.step, "images": images} | means
     run.rows, run.losses = run.rows + [row], {}
+    if args.rank > 0:                             # the first process of torchrun writes for all
+        return
     text = ", ".join(f"{name} {value}" for name, value in row.items())
     tqdm.write(f"{text}, {peak_memory(args.device):.1f} GiB")
     names = list(dict.fromkeys(name for row in run.rows for name in row))
@@ -261,17 +282,23 @@ def save_log(args, run):
 
 def load_run(folder, settings, parts):
     """Gives the parts what `save_run` wrote -> the numbers; {} for a new run.  ValueError if the
-    file is damaged, or the run was begun with other settings."""
-    file = folder / "state.pt"
-    if not file.exists():
-        return {}
-    with about(f"{file} is damaged; remove it to start again"):
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    for name, value in settings.items():
-        old = state["settings"].get(name)
-        if old != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{folder} holds a run with {flag} {old}: choose another --output")
-    for name, part in parts.items():
-        part.load_state_dict(state["parts"][name])
+    file is damaged, or the run was begun with other settings.  Then nothing is touched; otherwise
+    what a killed run left unfinished goes."""
+    file, state = folder / "state.pt", {"run": {}}
+    if file.exists():
+        with about(f"{file} is damaged, or not of this program; remove it to start again"):
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() or archive.comment != seal(archive):
+                    raise ValueError("its checksum is wrong")
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        for name, value in settings.items():
+            old = state["settings"].get(name)
+            if old != value:
+                raise ValueError(f"{folder} holds a run with another {name}, {old}, not {value}: "
+                                 "choose another --output")
+        with about(f"{file} does not fit the model {settings['model']}, which has changed"):
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+    for place in (folder, folder / "model", folder / "best"):
+        sweep(place)
     return state["run"]

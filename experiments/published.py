@@ -17,6 +17,7 @@ and the folders of --outputs are named as the authors' own scripts have them:
 import argparse
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from transformers import ViTModel
 
 import edit
 from checkpoint import about
-from cli import (DTYPES, Parser, default_device, device, errors, non_negative_float, number,
-                 positive_int, replace_file, seed_int)
+from cli import (DTYPES, Parser, claimed, default_device, device, errors, non_negative_float, number, positive_int,
+                 replace_file, seed_int, sweep)
 from data import TEXTS, parse_json, read_edits
 from losses import ClipScorer
 from pictures import FONT, GREY, TEXT, grid, load_image, save_png
@@ -254,6 +255,10 @@ def score(jobs, batch_size, function, *judges):
     for first in tqdm(range(0, len(jobs), batch_size), f"scores of {batch_size} images"):
         a, b, texts = zip(*jobs[first:first + batch_size])
         rows += function([load_image(path) for path in a], [load_image(path) for path in b], texts, *judges)
+    for row, (path, *_) in zip(rows, jobs):
+        for name, value in row.items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{path}: its {name} is no number (NaN)")
     return rows
 
 
@@ -286,6 +291,9 @@ def make_edits(model, settings, jobs):
 
     A batch that is there is skipped, one of which a part is there made again: outputs do not depend on
     interruptions."""
+    for folder in {output.parent for output, _, _ in jobs}:
+        folder.mkdir(exist_ok=True)
+        sweep(folder)
     for first in tqdm(range(0, len(jobs), settings.batch_size), f"batches of {settings.batch_size} edits"):
         batch = jobs[first:first + settings.batch_size]
         if all(output.is_file() for output, _, _ in batch):
@@ -298,7 +306,6 @@ def make_edits(model, settings, jobs):
         for size, same in by_size.items():
             outputs, images, instructions = zip(*same)
             for output, image in zip(outputs, edit.edit(model, images, instructions, size, settings)):
-                output.parent.mkdir(exist_ok=True)
                 save_png(image, output)
 
 
@@ -345,7 +352,7 @@ def plot(measured, published, axes, size=(560, 400), margin=60):
 
 def write(folder, name, lines, rows, picture):
     """Prints a table, and keeps it as NAME.md, its numbers as NAME.jsonl and a picture as NAME.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     for suffix, text in ((".md", lines), (".jsonl", [json.dumps(row) for row in rows])):
         replace_file(folder / (name + suffix), lambda temporary: temporary.write_text("\n".join(text) + "\n"))
     save_png(picture, folder / f"{name}.png")
@@ -523,7 +530,8 @@ def main(argv=None):
         if not args.models + args.outputs:
             raise ValueError("there is nothing to judge: give --models, --outputs, or both")
         args.precision = args.precision or ("fp16" if args.device.startswith("cuda") else "fp32")
-        args.run(args)
+        with claimed(args.output):
+            args.run(args)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -25,7 +26,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cli import Parser, default_device, device, errors, non_negative_float, positive_int, replace_file, seed_int
+from checkpoint import about
+from cli import (Parser, default_device, device, errors, locked, non_negative_float, positive_int, replace_file, seed_int,
+                 sweep)
 from data import NAMES, TEXTS, parse_json
 from shards import LARGEST, expand, key_and_kind
 
@@ -265,11 +268,13 @@ def make_jobs(paths, kinds, args):
 
 def resume(part, header, size, total):
     """The number of edits that `part` holds.  It is cut after its last whole round, as only a round can be repeated."""
-    if not part.exists():
-        replace_file(part, lambda path: path.write_text(header, encoding="utf-8"))
     with open(part, "r+b") as file:
-        begun = file.readline().decode()
-        if begun != header:
+        begun = file.readline().decode(errors="replace")
+        if begun != header and header.startswith(begun):          # it is new, or a kill cut its first line
+            file.seek(0)
+            file.truncate()
+            file.write(header.encode())
+        elif begun != header:
             raise ValueError(f"{part} was begun by another command: {begun.strip()}; give that one, or remove the file")
         done, end = 0, file.tell()
         for number, line in enumerate(file, 1):
@@ -309,8 +314,8 @@ def fields(args):
 
 def finish(part, output, rejects, total):
     """Writes the good edits and the rejects of a part file, which is then removed, and prints their numbers."""
-    with open(part, encoding="utf-8") as file:
-        results = [json.loads(line) for line in islice(file, 1, None)]
+    with about(f"{part} is damaged; remove it to start again"), open(part, encoding="utf-8") as file:
+        results = [(reason, dict(edit)) for reason, edit in map(json.loads, islice(file, 1, None))]
     for path, is_reject in ((rejects, True), (output, False)):
         kept = [json.dumps(edit, ensure_ascii=False) + "\n" for reason, edit in results if bool(reason) == is_reject]
         replace_file(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
@@ -321,14 +326,28 @@ def finish(part, output, rejects, total):
         print(f"{number:8} {number / total:6.1%}  {reason or 'accepted'}")
 
 
-def run(args):
+@contextmanager
+def claimed_part(output):
+    """Inside, the part file of an output is there, can be written, and is this process's alone.  It is removed if it
+    stays empty: the command may still be refused."""
+    part = output.with_name(output.name + ".part")
+    if output.exists() and not part.exists():
+        raise ValueError(f"--output {output} exists already; choose another name, or remove it")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no such folder")
+    open(part, "ab").close()
+    with locked(part):
+        try:
+            yield part
+        finally:
+            if part.exists() and part.stat().st_size == 0:
+                part.unlink()
+
+
+def run(args, part):
     # ---- the files and the prompt
     paths, (kinds, prompt) = find_files(args.input), read_prompt(*fields(args))
-    part, rejects = (args.output.with_name(args.output.name + end) for end in (".part", ".rejects"))
-    if args.output.exists() and not part.exists():
-        raise ValueError(f"--output {args.output} exists already; choose another name, or remove it")
-    if not args.output.parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no such folder")
+    rejects = args.output.with_name(args.output.name + ".rejects")
     if args.edits > len(kinds):
         raise ValueError(f"--edits {args.edits}: {PROMPT} shows only {len(kinds)} kinds of edit, {', '.join(kinds)}")
     total = sum(1 for _ in make_jobs(paths, kinds, args))     # reads all, so that bad input is found before any work
@@ -346,16 +365,17 @@ def run(args):
     settings |= {"prompt": zlib.crc32(prompt.encode()), "total": total}
     size = ROUND * args.batch_size
     done = resume(part, json.dumps(settings) + "\n", size, total)
+    sweep(part.parent, {args.output.name, rejects.name})
     said = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(f"{said}, done {done}, dtype {model.dtype}", flush=True)
 
     # ---- what is not
     jobs = islice(make_jobs(paths, kinds, args), done, None)
-    with open(part, "a", encoding="utf-8") as file, tqdm(total=total, initial=done, unit="edit") as progress:
+    with tqdm(total=total, initial=done, unit="edit") as progress:
         for batch in iter(lambda: list(islice(jobs, size)), []):
             results = ask(model, tokenizer, prompt, batch, done, args, progress)
-            file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-            file.flush()
+            with about(f"{part} cannot be written"), open(part, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
             done += len(batch)
     finish(part, args.output, rejects, total)
 
@@ -378,8 +398,8 @@ def main(argv=None):
     if args.edits and args.reverse_only:
         p.error("--edits has no effect on --reverse-only")
     args.edits = args.edits or 1
-    with errors(p, args):
-        run(args)
+    with errors(p, args), claimed_part(args.output) as part:
+        run(args, part)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ InstructPix2Pix's data (shards.py).  What it already holds is not made again.
 import itertools
 import json
 import math
-import os
 import random
-import shutil
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import contextmanager
@@ -30,9 +28,10 @@ from tqdm import tqdm
 
 import toy
 from attention import Attention
-from cli import (Parser, default_device, device, errors, non_negative_float, number, positive_int,
-                 replace_file, seed_int)
-from data import read_edits, read_lines
+from checkpoint import about, read_json
+from cli import (Parser, claimed, default_device, device, errors, non_negative_float, number, positive_int,
+                 replace_file, seed_int, sweep)
+from data import parse_json, read_edits, read_lines
 from experiments.truth import edit_mask
 from losses import ClipScorer
 from pictures import load_image, to_pil
@@ -146,18 +145,19 @@ def similarities(scorer, images, edited_images, captions, edited_captions):
 # ---- the files of pairs --------------------------------------------------------------------------------------------
 
 def keep_settings(folder, settings, results):
-    """Writes a folder's settings.json.  ValueError if there are `results` in it, a glob pattern,
-    that were made with other settings."""
-    file = folder / "settings.json"
-    old = settings
-    if file.is_file() and any(folder.glob(results)):
-        old = json.loads(file.read_text())
-    changed = [name for name in settings if old.get(name) != settings[name]]
-    if changed:
-        raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose "
-                         "another --output, or remove it")
+    """Writes a folder's settings.json, and removes what a killed run left unfinished.  ValueError if there are
+    `results` in the folder, a glob pattern, that were made with other settings; then nothing is touched."""
+    file, text = folder / "settings.json", json.dumps(settings, indent=1)
+    if any(folder.glob(results)):
+        with about(f"{file}: choose another --output, or remove {folder}"):
+            old = parse_json(file.read_bytes())
+        changed = [name for name in settings if old.get(name) != json.loads(text)[name]]
+        if changed:
+            raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose another --output, or "
+                             "remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=1)))
+    sweep(folder)
+    replace_file(file, lambda path: path.write_text(text))
 
 
 def read_input(args):
@@ -178,21 +178,26 @@ def prompt(edit):
 
 def write_pairs(folder, edit, pairs):
     """One directory of InstructPix2Pix's layout, whole or not at all.  pairs: [(scores, two images), ...]"""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "prompt.json").write_text(json.dumps(prompt(edit)))
-    lines = [json.dumps(row) + "\n" for row, _ in pairs]
-    (temporary / "metadata.jsonl").write_text("".join(lines))
-    for row, images in pairs:
-        for i, image in enumerate(images):
-            to_pil(image).save(temporary / f"{row['seed']}_{i}.jpg", quality=100, subsampling=0)
-    os.replace(temporary, folder)
+    def write(temporary):
+        temporary.mkdir()
+        (temporary / "prompt.json").write_text(json.dumps(prompt(edit)))
+        lines = [json.dumps(row) + "\n" for row, _ in pairs]
+        (temporary / "metadata.jsonl").write_text("".join(lines))
+        for row, images in pairs:
+            for i, image in enumerate(images):
+                to_pil(image).save(temporary / f"{row['seed']}_{i}.jpg", quality=100, subsampling=0)
+    replace_file(folder, write)
 
 
 def read_scores(folder):
-    """The scores of the pairs of a directory, the best pair first."""
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    """The scores of the pairs of a directory, the best pair first.  ValueError if its list is damaged."""
+    file = folder / "metadata.jsonl"
+    with about(f"{file} is damaged; remove {folder}, and it is made again"):
+        rows = [parse_json(line) for line in file.read_bytes().splitlines()]
+        for row in rows:
+            if type(row.get("seed")) is not int or type(row.get("p2p_threshold")) is not float:
+                raise ValueError("a line has no seed or no p2p_threshold")
+    return rows
 
 
 def sample_pairs(model, scorer, edits, seeds, args):
@@ -210,7 +215,8 @@ def sample_pairs(model, scorer, edits, seeds, args):
     scores = similarities(scorer, *(i.float() for i in images), captions, edited_captions)
     for b, pair in enumerate(zip(*images)):
         score = {name: values[b].item() for name, values in scores.items()}
-        failed = [name for name, least in zip(SCORES, args.thresholds) if score[name] < least]
+        passed = {name: score[name] >= least for name, least in zip(SCORES, args.thresholds)}     # NaN does not
+        failed = [name for name in SCORES if not passed[name]]
         row = {"seed": seeds[b], "p2p_threshold": shares[b].item(), "cfg_scale": args.cfg_text,
                "clip_sim_0": score["caption"], "clip_sim_1": score["edited_caption"],
                "clip_sim_dir": score["direction"], "clip_sim_image": score["image"]}
@@ -253,7 +259,7 @@ def make(args):
     for folder, edit in zip(folders, edits):
         if not folder.is_dir():
             todo.append((folder, edit))
-        elif json.loads((folder / "prompt.json").read_text()) != prompt(edit):
+        elif read_json(folder / "prompt.json") != prompt(edit):
             raise ValueError(f"{folder} holds another edit than --input: choose another --output, or remove it")
 
     # ---- what is not
@@ -391,7 +397,8 @@ def main(argv=None):
     with errors(p, args):
         if args.biases:
             biases(args)
-        else:
+            return
+        with claimed(args.output):
             make(args)
 
 

@@ -379,7 +379,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(guessing, tmp_path, mon
     def stop(name, method, after):
         """Runs until the `after`-th call of a function -> the lines of the .part file; the first says the settings."""
         calls = iter(range(after))
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
             real = getattr(*method)
 
             def interrupted(first, *args, **kwargs):
@@ -407,7 +407,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(guessing, tmp_path, mon
 def test_a_run_goes_on_with_its_own_command_only(guessing, tmp_path, monkeypatch, capsys):
     source, output = write(tmp_path / "captions.txt", "a dog"), tmp_path / "edits.jsonl"
     good = "--model", guessing, "--input", source, "--output", output, "--batch-size", 2
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(instructions, "generate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         run(guessing, source, output)
     capsys.readouterr()
