@@ -157,7 +157,8 @@ def keep_settings(folder, settings, results):
                              "remove it")
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    replace_file(file, lambda path: path.write_text(text))
+    if not file.is_file() or file.read_bytes() != text.encode():
+        replace_file(file, lambda path: path.write_text(text))
 
 
 def read_input(args):
@@ -224,7 +225,7 @@ def sample_pairs(model, scorer, edits, seeds, args):
 
 
 def make_group(model, scorer, group, args, counts):
-    """Makes the directories of some edits, [(directory, edit), ...], and counts the pairs."""
+    """Makes the directories of some edits, [(directory, edit), ...], that are not there, and counts the pairs."""
     jobs = []
     for folder, edit in group:
         seeds = random.Random(f"{args.seed} {folder.name}").sample(range(2 ** 32), args.samples)
@@ -239,7 +240,8 @@ def make_group(model, scorer, group, args, counts):
                 found[folder].append((row, pair))
     for folder, edit in group:
         best = sorted(found[folder], key=lambda pair: -pair[0]["clip_sim_dir"])
-        write_pairs(folder, edit, best[:KEPT])
+        if not folder.is_dir():
+            write_pairs(folder, edit, best[:KEPT])
 
 
 def make(args):
@@ -255,20 +257,17 @@ def make(args):
     # ---- what is there
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     keep_settings(args.output, settings, "*/prompt.json")
-    folders, todo = [args.output / f"{i:07d}" for i in range(len(edits))], []
+    folders = [args.output / f"{i:07d}" for i in range(len(edits))]
     for folder, edit in zip(folders, edits):
-        if not folder.is_dir():
-            todo.append((folder, edit))
-        elif read_json(folder / "prompt.json") != prompt(edit):
+        if folder.is_dir() and read_json(folder / "prompt.json") != prompt(edit):
             raise ValueError(f"{folder} holds another edit than --input: choose another --output, or remove it")
 
-    # ---- what is not
+    # ---- what is not.  A group of which one is missing is made again: the rounding depends on what is together.
     counts, together = Counter(), math.ceil(args.batch_size / args.samples)
-    with tqdm(total=len(todo), desc="edits") as progress:
-        for i in range(0, len(todo), together):
-            group = todo[i:i + together]
+    for i in tqdm(range(0, len(edits), together), f"groups of {together} edits"):
+        group = list(zip(folders[i:i + together], edits[i:i + together]))
+        if not all(folder.is_dir() for folder, _ in group):
             make_group(model, scorer, group, args, counts)
-            progress.update(len(group))
 
     # ---- the list
     seeds = [[folder.name, [row["seed"] for row in read_scores(folder)]] for folder in folders]
