@@ -259,7 +259,7 @@ def save_run(folder, settings, parts, run):
     replace_file(folder / "state.pt", write)
 
 def seal(archive):
-    """A checksum of the names and checksums of all parts of an archive, which says that we wrote it."""
+    """A checksum of the checksums of all parts of an archive, which tells that we wrote it."""
     names = [(part.filename, part.CRC) for part in archive.infolist()]
     return b"%08x" % zlib.crc32(repr(names).encode())
 

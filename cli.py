@@ -145,6 +145,7 @@ def number(kind, low, high=math.inf):
 
 positive_int, seed_int = number(int, 1), number(int, 0, 2 ** 63 - 1)
 non_negative_float = number(float, 0)
+normal_path = os.path.normpath      # "photos/" is "photos" when a run goes on; ids of the hub stay
 
 def named_float(text):
     """The type of NAME=VALUE, a pair of a name and a float of at least 0."""

@@ -11,7 +11,6 @@ pictures, and two models, moving averages: `model`, and `best`, of the lowest va
 """
 import copy
 from argparse import Namespace, RawDescriptionHelpFormatter
-from os.path import normpath
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ from tqdm import tqdm
 
 from checkpoint import load_run, save_log, save_run
 from cli import (DTYPES, Parser, autocast, claimed, default_device, default_precision, device,
-                 errors, mean_of_processes, named_float, non_negative_float, number, positive_int,
-                 seed_int, start_processes)
+                 errors, mean_of_processes, named_float, non_negative_float, number, normal_path,
+                 positive_int, seed_int, start_processes)
 from data import batches
 from edit import draw_cycle
 from losses import WEIGHTS, ClipScorer, content_words, cycle_losses
@@ -54,7 +53,7 @@ MAY_CHANGE = ("steps", "output", "save_every", "rank")      # when a stopped run
 def parse(argv):
     p = Parser("train.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 
-    def add(flag, text, default=None, type=normpath, **kind):     # "photos/" is "photos"
+    def add(flag, text, default=None, type=normal_path, **kind):
         row = SETTINGS.get(flag[2:].replace("-", "_"))
         shown = f"{row[1]}; toy: {row[2]}; its baseline: {row[3]}" if row else default
         p.add_argument(flag, help=f"{text} (default: {shown})", default=default, type=type, **kind)

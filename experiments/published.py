@@ -32,8 +32,8 @@ from transformers import ViTModel
 
 import edit
 from checkpoint import about
-from cli import (DTYPES, Parser, claimed, default_device, device, errors, non_negative_float, number, positive_int,
-                 replace_file, seed_int, sweep)
+from cli import (DTYPES, Parser, claimed, default_device, device, errors, non_negative_float, normal_path, number,
+                 positive_int, replace_file, seed_int, sweep)
 from data import TEXTS, parse_json, read_edits
 from losses import ClipScorer
 from pictures import FONT, GREY, TEXT, grid, load_image, save_png
@@ -508,8 +508,8 @@ def parser():
     p.add_argument("--clip", default="openai/clip-vit-large-patch14", help="directory or hub id (%(default)s)")
 
     for name, p in commands.choices.items():   # what they share
-        p.add_argument("data", help="the directory of the data set")
-        p.add_argument("--models", nargs="+", default=[], help="directories or hub ids")
+        p.add_argument("data", type=normal_path, help="the directory of the data set")
+        p.add_argument("--models", nargs="+", default=[], type=normal_path, help="directories or hub ids")
         p.add_argument("--outputs", nargs="+", type=Path, default=[], help="folders of other editors' images")
         p.add_argument("--output", type=Path, default=Path("outputs") / name,
                        help="of edits, table and picture (%(default)s)")

@@ -34,7 +34,7 @@ def iou(a, b):
 
 
 def finite(scores):
-    """The scores, tensors (B,), themselves.  ValueError if one is no number: a mean, and a comparison, would hide it."""
+    """The scores, tensors (B,), themselves.  ValueError if one is no number, which a comparison would hide."""
     for name, values in scores.items():
         bad = sum(~values.isfinite()).item()
         if bad:

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint import about
-from cli import (Parser, default_device, device, errors, locked, non_negative_float, positive_int, replace_file, seed_int,
-                 sweep)
+from cli import (Parser, default_device, device, errors, locked, non_negative_float, normal_path, positive_int,
+                 replace_file, seed_int, sweep)
 from data import NAMES, TEXTS, parse_json
 from shards import LARGEST, expand, key_and_kind
 
@@ -382,9 +382,9 @@ def run(args, part):
 
 def main(argv=None):
     p = Parser("prepare.instructions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", nargs="+", required=True, help="captions: .txt, .jsonl, .tar")
+    p.add_argument("--input", nargs="+", required=True, type=normal_path, help="captions: .txt, .jsonl, .tar")
     p.add_argument("--output", type=Path, required=True, help="a .jsonl file")
-    p.add_argument("--model", default="google/gemma-2-2b-it",
+    p.add_argument("--model", default="google/gemma-2-2b-it", type=normal_path,
                    help="directory or hub id of a language model (%(default)s)")
     p.add_argument("--edits", type=positive_int, help="edits of each caption, each of another kind (1)")
     p.add_argument("--reverse-only", action="store_true",

@@ -29,8 +29,8 @@ from tqdm import tqdm
 import toy
 from attention import Attention
 from checkpoint import about, read_json
-from cli import (Parser, claimed, default_device, device, errors, non_negative_float, number, positive_int,
-                 replace_file, seed_int, sweep)
+from cli import (Parser, claimed, default_device, device, errors, non_negative_float, number, normal_path,
+                 positive_int, replace_file, seed_int, sweep)
 from data import parse_json, read_edits, read_lines
 from experiments.truth import edit_mask
 from losses import ClipScorer
@@ -358,11 +358,12 @@ def biases(args):
 def parse(argv):
     p = Parser("prepare.pairs", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 
-    def add(flag, text, **kind):
+    def add(flag, text, type=normal_path, **kind):
         usual, of_toy = SETTINGS[flag[2:].replace("-", "_")]
-        p.add_argument(flag, help=f"{text} (default: {usual or 'all'}; toy: {of_toy})", **kind)
+        p.add_argument(flag, help=f"{text} (default: {usual or 'all'}; toy: {of_toy})", type=type, **kind)
 
-    p.add_argument("--input", default="toy", help="'toy', or JSONL of caption, instruction, edited_caption")
+    p.add_argument("--input", default="toy", type=normal_path,
+                   help="'toy', or JSONL of caption, instruction, edited_caption")
     add("--edits", "at most so many edits of --input", type=positive_int)
     p.add_argument("--output", type=Path, default=Path("runs/pairs"), help="(%(default)s)")
     add("--model", "text-to-image: directory or hub id")

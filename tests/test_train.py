@@ -662,7 +662,7 @@ def flipped(file):
 
 @pytest.mark.parametrize("damage, says", [
     (lambda file: file.write_bytes(file.read_bytes()[:-100]), "is damaged"), (flipped, "checksum"),
-    (lambda file: file.write_bytes(b"PK\3\4 cut short"), "is damaged"), (lambda file: file.write_bytes(b""), "is damaged"),
+    (lambda file: file.write_bytes(b"PK\3\4 cut short"), "is damaged"), (lambda file: file.write_text(""), "is damaged"),
     (lambda file: torch.save({"settings": [], "parts": 1}, file), "checksum"),            # of another program
     (lambda file: torch.save([1, 2], file), "checksum"), (lambda file: file.unlink() or file.mkdir(), "is damaged"),
     (lambda file: save_run(file.parent, {"model": "m", "lr": "1"}, {"a": Part(b=1)}, {}), "does not fit the model m"),
@@ -761,7 +761,8 @@ def test_an_error_is_on_a_line_of_its_own(tmp_path, capsys, gradients, monkeypat
 def test_every_process_empties_its_losses_and_the_first_alone_writes(tmp_path):
     for rank in (0, 1):
         numbers = SimpleNamespace(step=1, rows=[], losses={"loss": [1.0]})
-        args = SimpleNamespace(rank=rank, processes=2, batch_size=1, accumulate=1, device="cpu", output=tmp_path / str(rank))
+        args = SimpleNamespace(rank=rank, processes=2, batch_size=1, accumulate=1, device="cpu")
+        args.output = tmp_path / str(rank)
         args.output.mkdir()
         save_log(args, numbers)
         assert numbers.losses == {} and (args.output / "log.csv").exists() == (rank == 0)
