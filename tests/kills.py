@@ -4,8 +4,8 @@
     python tests/kills.py --kills 20 --kinds pairs pretrain --seed 1
 
 A run is killed (SIGKILL) after a random time, or at a random one of its changes of files: when it opens a file to
-write, renames, makes or removes one.  So half of the kills are inside of a save.  After each, the same command is given again.
-In the end, every file must have the bytes of a run that was never killed (of state.pt: its content), and no other file
+write, renames, makes or removes one.  So half of the kills are inside of a save.  After each, the same command is given
+again.  In the end, every file must have the bytes of a run that was never killed (of state.pt: its content), and no other file
 may be there.  The status is 0 if all is so.  Not for pytest: it takes too long.
 """
 import argparse
@@ -33,7 +33,7 @@ from test_evaluate import instruct_pix2pix
 from test_instructions import make_model, PROMPT
 from test_train import TOY, TOY_MODEL, TOY_UNET, folder, other_data, same
 
-TINY = ["--batch-size", "1", "--save-every", "2", "--steps", "5"]
+TINY = ["--batch-size", "1", "--save-every", "1", "--steps", "3"]
 
 
 def make_kinds(place):
@@ -202,7 +202,7 @@ def main():
             kills = -(-args.kills // len(names))
             if name == "pretrain":             # slow, and it begins again each time
                 kills = min(kills, 4)
-            problems += test_kind(name, *kinds[name], kills, place / name, rng)
+            problems += test_kind(name, *kinds[name], kills, place / f"kind-{name}", rng)
     print(f"{len(problems)} problems" if problems else "all ended as if they had not been killed")
     sys.exit(bool(problems))
 
