@@ -6,7 +6,8 @@ scheduler/.  Only safetensors are read.  Errors are a ValueError of one line tha
 import json
 import re
 import sys
-import tempfile
+import zipfile
+import zlib
 from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from cli import peak_memory, replace_file
+from cli import peak_memory, replace_file, sweep, unfinished
 from data import parse_json
 from pictures import curves, save_png
 from unet import SD15, UNet, inflate_conv_in
@@ -154,13 +155,17 @@ def weight_files(folder, stem):
     raise ValueError(f"{folder}/{stem}.safetensors is missing.  Pickles (.bin, .ckpt, .pt) are not "
                      "read, because they may run code: docs/data.md says how to convert them once")
 
-def read(path, others=None, **rules):
+def read_json(path):
+    """The JSON object in a file, as a dict."""
+    with about(path):
+        refuse_pointer(path)
+        return parse_json(path.read_bytes())
+
+def read_config(path, others=None, **rules):
     """The JSON object in a file of a model, as a dict whose values RULES and `rules` allow."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: {path.parent} is no complete model")
-    with about(path):
-        refuse_pointer(path)
-        config = parse_json(path.read_bytes())
+    config = read_json(path)
     check(path, config, RULES | rules, others)
     return config
 
@@ -190,7 +195,7 @@ def load(path_or_id, device, dtype):
     path, unet_name = find_model(path_or_id)
     index, recommended = path / "model_index.json", path / "edit_defaults.json"
     if index.is_file():
-        read(index, _class_name=PIPELINES)
+        read_config(index, _class_name=PIPELINES)
     unet = load_network(UNet, path / unet_name, SD15, inflate_conv_in)
     vae = load_network(VAE, path / "vae", SD15_VAE, modern_names,
                        in_channels=(3,), out_channels=(3,))
@@ -199,17 +204,17 @@ def load(path_or_id, device, dtype):
     width, wanted = text_encoder.config.hidden_size, unet.config["cross_attention_dim"]
     if width != wanted:
         raise ValueError(f"{path}: the text encoder's width is {width}, the UNet takes {wanted}")
-    scheduler = read(path / "scheduler/scheduler_config.json")
+    scheduler = read_config(path / "scheduler/scheduler_config.json")
     if scheduler.get("_class_name") == "DDIMScheduler":   # the spacing of others is their own
         check(path / "scheduler/scheduler_config.json", scheduler, DDIM_RULES)
-    defaults = read(recommended, WITHOUT) if recommended.is_file() else {}
+    defaults = read_config(recommended, WITHOUT) if recommended.is_file() else {}
     for module in (unet, vae, text_encoder):              # convolutions are faster channels_last
         module.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False).eval()
     return unet, vae, text_encoder, tokenizer, scheduler, defaults
 
 def load_network(network, folder, defaults, adapt, **rules):
     """network(config) with the weights of its folder, strictly, after adapt(config, state dict)."""
-    config = read(folder / "config.json", WITHOUT, **rules)
+    config = read_config(folder / "config.json", WITHOUT, **rules)
     check_widths(folder / "config.json", defaults | config)
     state = read_weights(folder, NETWORK)
     with about(f"{folder}: the weights do not fit config.json"):
@@ -230,7 +235,7 @@ def modern_names(config, state):
 
 def load_transformer(network, folder, dtype=torch.float32, **options):
     """A network of transformers and the weights of its folder: none is missing, no layer left."""
-    config, state = read(folder / "config.json"), read_weights(folder, "model")
+    config, state = read_config(folder / "config.json"), read_weights(folder, "model")
     with about(f"{folder}: weights and config.json make no whole {network.__name__}"):
         config = network.config_class.from_dict(config)
         with torch.device("meta"):
@@ -271,12 +276,23 @@ def load_clip(path_or_id, device):
 
 # ---- save -------------------------------------------------------------------------------------
 
+@contextmanager
+def new_files(path):
+    """A new folder; its files go to `path` when all are written.  ValueError if one cannot be."""
+    with about(f"{path} cannot be written"):
+        path.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        with unfinished(path / "new") as new:
+            new.mkdir()
+            yield new
+            for file in new.glob("**/*.*"):
+                target = path / file.relative_to(new)
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+
 def save(model, path):
-    """Writes a model in the hub's layout, each file under a temporary name first."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path) as temporary:
-        new = Path(temporary)
+    """Writes a model in the hub's layout."""
+    with new_files(Path(path)) as new:
         save_network(model.unet, new / "unet")
         save_network(model.vae, new / "vae")
         model.text_encoder.config.save_pretrained(new / "text_encoder")
@@ -287,10 +303,6 @@ def save(model, path):
         write_json(MODEL_INDEX, new / "model_index.json")
         if model.defaults:
             write_json(model.defaults, new / "edit_defaults.json")
-        for file in new.glob("**/*.*"):
-            target = path / file.relative_to(new)
-            target.parent.mkdir(exist_ok=True)
-            file.replace(target)
 
 def save_network(module, folder):
     """A UNet or VAE, under the names that other libraries read."""
@@ -313,7 +325,18 @@ def save_run(folder, settings, parts, run):
     """Writes state.pt: settings and numbers of a run (dicts), and parts that have a state_dict."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state = {"settings": settings, "parts": state, "run": run}
-    replace_file(folder / "state.pt", lambda file: torch.save(state, file))
+
+    def write(file):
+        with open(file, "wb") as stream:
+            torch.save(state, stream)                 # a zip archive, as torch writes it
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = seal(archive)
+    replace_file(folder / "state.pt", write)
+
+def seal(archive):
+    """A checksum of the checksums of all parts of an archive, which tells that we wrote it."""
+    names = [(part.filename, part.CRC) for part in archive.infolist()]
+    return b"%08x" % zlib.crc32(repr(names).encode())
 
 def save_log(args, run):
     """Adds a row to log.csv and curves.png: the means of run.losses since the last row."""
@@ -321,6 +344,8 @@ def save_log(args, run):
     means = {name: round(sum(x) / len(x), 4) for name, x in run.losses.items()}
     row = {"step": run.step, "images": images} | means
     run.rows, run.losses = run.rows + [row], {}
+    if args.rank > 0:                             # the first process of torchrun writes for all
+        return
     text = ", ".join(f"{name} {value}" for name, value in row.items())
     tqdm.write(f"{text}, {peak_memory(args.device):.1f} GiB")
     names = list(dict.fromkeys(name for row in run.rows for name in row))
@@ -332,17 +357,23 @@ def save_log(args, run):
 
 def load_run(folder, settings, parts):
     """Gives the parts what `save_run` wrote -> the numbers; {} for a new run.  ValueError if the
-    file is damaged, or the run was begun with other settings."""
-    file = folder / "state.pt"
-    if not file.exists():
-        return {}
-    with about(f"{file} is damaged; remove it to start again"):
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    for name, value in settings.items():
-        old = state["settings"].get(name)
-        if old != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{folder} holds a run with {flag} {old}: choose another --output")
-    for name, part in parts.items():
-        part.load_state_dict(state["parts"][name])
+    file is damaged, or the run was begun with other settings.  Then nothing is touched; otherwise
+    what a killed run left unfinished goes."""
+    file, state = folder / "state.pt", {"run": {}}
+    if file.exists():
+        with about(f"{file} is damaged, or not of this program; remove it to start again"):
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() or archive.comment != seal(archive):
+                    raise ValueError("its checksum is wrong")
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        for name, value in settings.items():
+            old = state["settings"].get(name)
+            if old != value:
+                raise ValueError(f"{folder} holds a run with another {name}, {old}, not {value}: "
+                                 "choose another --output")
+        with about(f"{file} does not fit the model {settings['model']}, which has changed"):
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+    for place in (folder, folder / "model", folder / "best"):
+        sweep(place)
     return state["run"]

@@ -1,15 +1,20 @@
-"""What the commands share: errors of one line, kinds of numbers, the machine, whole files."""
+"""What the commands share: errors of one line, whole files, kinds of numbers, the machine."""
 import argparse
+import fcntl
 import math
 import os
 import resource
+import secrets
+import shutil
 import sys
+import tempfile
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers.utils import logging
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -18,12 +23,18 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, `COMMAND: error: ...`, with exit status 2."""
     def error(self, message):
-        self.exit(2, f"{self.prog.split()[0]}: error: {' '.join(message.split())}\n")
+        self.end(2, f"error: {message}")
+
+    def end(self, status, message):
+        for bar in list(getattr(tqdm, "_instances", ())):         # the line is not that of a bar
+            bar.close()
+        self.exit(status, f"{self.prog.split()[0]}: {' '.join(message.split())}\n")
 
 
 @contextmanager
 def errors(parser, args, advice="choose a smaller --batch-size"):
-    """What is wrong with files or values ends the command in one line; advice: if memory ends."""
+    """What is wrong with files or values ends the command in one line, and so does Ctrl-C.
+    advice: if memory ends."""
     logging.set_verbosity_error()                     # the commands say themselves what they load
     logging.disable_progress_bar()
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
@@ -33,17 +44,89 @@ def errors(parser, args, advice="choose a smaller --batch-size"):
         parser.error(f"the memory of {args.device} is too small; {advice}")
     except (ValueError, OSError, SafetensorError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.end(130, "stopped by Ctrl-C")
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+@contextmanager
+def unfinished(path):
+    """A temporary path beside `path`, of a file or folder to write; what is left of it goes."""
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        yield temporary
+    finally:
+        remove(temporary)
+
+def sweep(folder, names=None):
+    """Removes what killed processes left unfinished in a folder, of all names or of some."""
+    for path in folder.glob(f"*.tmp-{'[0-9a-f]' * 8}"):
+        if names is None or path.stem in names:
+            remove(path)
+
+def remove(path):
+    shutil.rmtree(path, ignore_errors=True)           # a folder
+    path.unlink(missing_ok=True)                      # a file
 
 def replace_file(path, write):
-    """Lets write(temporary path) make a file, and gives it its name only when it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Lets write(temporary path) make a file, and gives it its name only when it is whole.
+    OSError names the file and the cause."""
+    with unfinished(path) as temporary:
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except Exception as error:                    # each library has other kinds for a full disk
+            if isinstance(error.__context__, OSError):
+                error = error.__context__             # which torch.save hides
+            cause = getattr(error, "strerror", None) or error
+            raise OSError(f"{path} cannot be written: {cause}") from None
+
+def check_writable(folder):
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    except RuntimeError as error:                     # torch.save's, on a full disk
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--output: cannot write in {folder}: {error.strerror}") from None
+
+@contextmanager
+def claimed(folder, *inside):
+    """Inside, the folder of a run is there, can be written, and is this process's alone.
+
+    inside: names of folders that will be in it.  What is there is not touched, and a new folder
+    that stays empty is removed: a command may still be refused."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        yield                                         # the first process claims it for all
+        return
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        for place in (folder, *(folder / name for name in inside)):
+            if place.exists():
+                check_writable(place)
+        try:
+            yield
+        finally:
+            with suppress(OSError):                   # it is not empty
+                for place in new:
+                    place.rmdir()
+
+@contextmanager
+def locked(path):
+    """Inside, no other process can lock this file or folder.  A lock ends with its process."""
+    descriptor = os.open(path, os.O_RDONLY)
+    LOCKS.add(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{path} is in use by another process: wait until it ends, or choose "
+                         "another --output") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        LOCKS.remove(descriptor)
+        os.close(descriptor)
+
+LOCKS = set()     # descriptors.  Forked workers close them, as they outlive a killed process a bit.
+os.register_at_fork(after_in_child=lambda: [os.close(lock) for lock in LOCKS])
 
 
 # ---- argparse types ---------------------------------------------------------------------------
@@ -63,6 +146,7 @@ def number(kind, low, high=math.inf):
 
 positive_int, seed_int = number(int, 1), number(int, 0, 2 ** 63 - 1)
 non_negative_float = number(float, 0)
+normal_path = os.path.normpath      # "photos/" is "photos" when a run goes on; ids of the hub stay
 
 def named_float(text):
     """The type of NAME=VALUE, a pair of a name and a float of at least 0."""

@@ -14,7 +14,6 @@ Broken images of a folder are skipped and reported, and the exit status is 1.
 import math
 import os
 import sys
-import tempfile
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -22,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 import toy
-from cli import DTYPES, Parser, default_device, device, errors, non_negative_float, number, seed_int
+from cli import (DTYPES, Parser, check_writable, default_device, device, errors,
+                 non_negative_float, number, seed_int, sweep)
 from losses import edit_region
 from pictures import figure3, find_images, from_pil, load_image, save_png, to_pil
 from uip2p import EditModel
@@ -77,7 +77,8 @@ def check_files(args):
         load_image(source)                     # an error, before the model is loaded
         if target.suffix.lower() != ".png":
             raise ValueError(f"--output {target}: give the name of a .png file")
-    check_writable(target if target.is_dir() else target.parent)
+    folder = target if target.is_dir() else target.parent
+    check_writable(folder)
 
     written = outputs + [cycle_file(output) for output in outputs if args.reverse]
     if len(set(written)) < len(written):
@@ -88,13 +89,8 @@ def check_files(args):
             raise ValueError(f"--output would overwrite the input {file}; choose another name")
         if file.is_dir():
             raise ValueError(f"--output {file} is a folder; choose another name, or remove it")
+    sweep(folder, {file.name for file in written})
     return list(zip(inputs, outputs))
-
-def check_writable(folder):
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"--output: cannot write in {folder}: {error.strerror}") from None
 
 def cycle_file(output):
     return output.with_name(f"{output.stem}-cycle.png")
@@ -153,7 +149,8 @@ def edit(model, images, instructions, size, args, progress=True):
     edited = model.edit(resize(images, size), instructions, args.steps, args.cfg_text,
                         args.cfg_image, noise, progress=progress)
     if not edited.isfinite().all():
-        raise ValueError("the model computes no numbers (NaN); in fp16, try --precision fp32")
+        advice = "" if model.dtype == torch.float32 else "; try --precision fp32"
+        raise ValueError(f"the model computes no numbers (NaN){advice}")
     edited = [resize([e], image.shape[1:])[0] for e, image in zip(edited.float().cpu(), images)]
     return [from_pil(to_pil(image)) for image in edited]
 

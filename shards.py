@@ -46,6 +46,8 @@ def open_data(args):
 
     def open_mix(sources, split):
         named = [named_float(source) if "=" in source else (source, 1.0) for source in sources]
+        if not all(weight for _, weight in named):
+            raise ValueError(f"--data {' '.join(sources)}: a weight must be more than 0")
         return Mix([open_source(path, split, args.resolution, args.seed, pairs, side)
                     for path, _ in named], [weight for _, weight in named])
     validation = open_mix([args.validation] if args.validation else args.data, "validation")

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_run, save_log, save_run
-from cli import (DTYPES, Parser, autocast, default_device, default_precision, device, errors,
-                 mean_of_processes, named_float, non_negative_float, number, positive_int,
-                 seed_int, start_processes)
+from cli import (DTYPES, Parser, autocast, claimed, default_device, default_precision, device,
+                 errors, mean_of_processes, named_float, non_negative_float, number, normal_path,
+                 positive_int, seed_int, start_processes)
 from data import batches
 from edit import draw_cycle
 from losses import WEIGHTS, ClipScorer, content_words, cycle_losses
@@ -53,10 +53,10 @@ MAY_CHANGE = ("steps", "output", "save_every", "rank")      # when a stopped run
 def parse(argv):
     p = Parser("train.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 
-    def add(flag, text, default=None, **kind):
+    def add(flag, text, default=None, type=normal_path, **kind):
         row = SETTINGS.get(flag[2:].replace("-", "_"))
         shown = f"{row[1]}; toy: {row[2]}; its baseline: {row[3]}" if row else default
-        p.add_argument(flag, help=f"{text} (default: {shown})", default=default, **kind)
+        p.add_argument(flag, help=f"{text} (default: {shown})", default=default, type=type, **kind)
 
     add("--data", "toy, a folder, 'DIR/*.tar'; A=3 B mixes A and B, 3 to 1", ["toy"], nargs="+")
     add("--texts", "a JSONL file with the texts that --data lacks")
@@ -230,7 +230,6 @@ def train(args):
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
 
     # ---- resume
-    args.output.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     parts = {"unet": model.unet, "average": average.unet, "optimizer": optimizer, "scaler": scaler}
     run = Namespace(step=0, averaged=0, rows=[], losses={}, best=float("inf"))
@@ -262,7 +261,7 @@ def train(args):
         if saves or run.step % AVERAGE_EVERY == 0:
             update_average(average.unet, model.unet, run.step, run.step - run.averaged)
             run.averaged = run.step
-        if args.rank == 0 and run.step % LOG_EVERY == 0:
+        if run.step % LOG_EVERY == 0:
             save_log(args, run)
         if args.rank == 0 and saves:
             save(run, model, average, clip, validation_data, shown, args)
@@ -272,7 +271,8 @@ def main(argv=None):
     processes = start_processes()                       # before anything else uses a GPU
     p, args = parse(argv)
     args.rank, args.processes = processes
-    with errors(p, args, "choose a smaller --batch-size, or --train cross-attention"):
+    advice = "choose a smaller --batch-size, or --train cross-attention"
+    with errors(p, args, advice), claimed(args.output, "model", "best"):
         train(args)
 
 

@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import train
-from checkpoint import read
-from cli import (DTYPES, Parser, autocast, default_device, device, errors, peak_memory, positive_int,
+from checkpoint import new_files, read_json
+from cli import (DTYPES, Parser, autocast, claimed, default_device, device, errors, peak_memory, positive_int,
                  replace_file)
 from data import Batch
 from losses import ClipScorer
@@ -54,7 +54,7 @@ def random_model(size, where):
     """(EditModel, ClipScorer) with random float32 weights: the toy's, or InstructPix2Pix's and CLIP ViT-L/14's."""
     torch.manual_seed(0)
     if size == "toy":
-        configs = [read(TOY / "unet/config.json"), read(TOY / "vae/config.json"),
+        configs = [read_json(TOY / "unet/config.json"), read_json(TOY / "vae/config.json"),
                    CLIPTextConfig.from_pretrained(TOY / "text_encoder"), CLIPConfig.from_pretrained(TOY / "clip")]
     else:
         configs = [SD15, SD15_VAE, CLIPTextConfig(**TEXT),
@@ -378,8 +378,9 @@ def save(size, folder):
     """Writes the random model, and its CLIP into clip/."""
     model, scorer = random_model(size, "cpu")
     model.save_pretrained(folder)
-    scorer.clip.save_pretrained(folder / "clip")
-    scorer.tokenizer.save_pretrained(folder / "clip")
+    with new_files(folder / "clip") as new:
+        scorer.clip.save_pretrained(new)
+        scorer.tokenizer.save_pretrained(new)
 
 
 def measure(args):
@@ -422,7 +423,8 @@ def main(argv=None):
     args.precision = args.precision or ("fp16" if args.device.startswith("cuda") else "fp32")
     with errors(p, args):
         if args.save:
-            save(args.size, args.save)
+            with claimed(args.save):
+                save(args.size, args.save)
         else:
             measure(args)
 

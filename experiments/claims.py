@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 import toy
 import train
-from cli import Parser, default_device, device, errors, positive_int, replace_file, seed_int
+from checkpoint import about, read_json
+from cli import Parser, claimed, default_device, device, errors, positive_int, replace_file, seed_int, sweep
 from edit import load_editor
-from experiments.truth import judge, judge_attention
+from experiments.truth import finite, judge, judge_attention
 from losses import ClipScorer
 from pictures import grid, save_png
 from prepare import pretrain
@@ -155,7 +156,7 @@ def measure(model, clip):
     scores |= judge_attention(model, [edits[i] for i in local], images[local], outputs[local])
 
     scores |= measure_turns(model, clip)
-    return {name: values.mean().item() for name, values in scores.items()}
+    return {name: values.mean().item() for name, values in finite(scores).items()}
 
 
 def measure_turns(model, clip):
@@ -272,7 +273,7 @@ def fulfil(name, folder, seed, judge_path, on):
             scores = measure(load_editor(output / "model", on), clip)
         content = json.dumps({"given": given, "scores": scores}, indent=1)
         replace_file(file, lambda temporary: temporary.write_text(content))
-    if json.loads(file.read_text())["given"] != given:
+    if read_json(file).get("given") != given:
         raise ValueError(f"{output} holds a run with other arguments: choose another --output, or remove it")
 
 
@@ -291,15 +292,16 @@ def train_all(folders, args):
 
         for seed in folders:
             begin(FIRST, seed)
-        while jobs:
-            for job in wait(jobs, return_when=FIRST_COMPLETED).done:
-                name, seed = jobs.pop(job)
-                if job.exception():
-                    pool.shutdown(cancel_futures=True)            # those that have begun still end
-                    raise job.exception()
-                bar.update()
-                if name == "baseline":
-                    begin([run for run in RUNS if run not in FIRST], seed)
+        try:
+            while jobs:
+                for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+                    name, seed = jobs.pop(job)
+                    job.result()                                  # or its error
+                    bar.update()
+                    if name == "baseline":
+                        begin([run for run in RUNS if run not in FIRST], seed)
+        finally:
+            pool.shutdown(cancel_futures=True)                    # after an error, those that have begun still end
 
 
 def study(args):
@@ -307,14 +309,21 @@ def study(args):
           f"below {args.output}")
     if not (args.output / "judge/model.safetensors").is_file():
         pretrain.main(["--parts", "judge", "--seed", "1", "--precision", "bf16", "--output", str(args.output)])
+    with claimed(args.output):
+        compare(args)
+
+
+def compare(args):
+    sweep(args.output)
     folders = {seed: args.output / f"seed-{seed}" for seed in args.seeds}
     train_all(folders, args)
 
     scores = {}
     for run in RUNS:
         files = [folder / run / "scores.json" for folder in folders.values()]
-        rows = [json.loads(file.read_text())["scores"] for file in files]
-        scores[run] = {name: [row[name] for row in rows] for name in rows[0]}
+        with about(f"a scores.json of {run} is damaged; remove it, and it is made again"):
+            rows = [read_json(file)["scores"] for file in files]
+            scores[run] = {name: [row[name] for row in rows] for name in rows[0]}
     lines = report(scores, references(ClipScorer.from_pretrained(args.output / "judge")))
     content = json.dumps({"seeds": args.seeds, "scores": scores}, indent=1)
     for suffix, text in (("md", "\n".join(lines)), ("json", content)):

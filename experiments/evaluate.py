@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import toy
+from checkpoint import about
 from cli import Parser, errors, non_negative_float, positive_int, seed_int
 from edit import load_editor
 from experiments.truth import judge, judge_attention
@@ -92,7 +93,8 @@ def evaluate(args):
                 generator = torch.Generator().manual_seed(args.seed)
                 outputs = model.edit(images, instructions, steps, s_T, s_I, generator=generator)
                 settings = f"{s_T:g}, {s_I:g}, {steps}"
-                table.add(path, settings, outputs, model)
+                with about(f"{path}, at {settings}"):
+                    table.add(path, settings, outputs, model)
                 columns[f"{path}: {settings}"] = outputs
     if args.picture:
         columns["true edit"] = truth

@@ -35,8 +35,8 @@ from transformers import ViTModel
 
 import edit
 from checkpoint import about, find, load_transformer
-from cli import (DTYPES, Parser, default_device, device, errors, non_negative_float, number,
-                 positive_int, replace_file, seed_int)
+from cli import (DTYPES, Parser, claimed, default_device, device, errors, non_negative_float, normal_path, number,
+                 positive_int, replace_file, seed_int, sweep)
 from data import TEXTS, parse_json, read_edits
 from losses import ClipScorer
 from pictures import FONT, GREY, TEXT, from_pil, grid, load_image, save_png, to_pil
@@ -267,6 +267,10 @@ def score(jobs, batch_size, function, *judges):
     for first in tqdm(range(0, len(jobs), batch_size), f"scores of {batch_size} images"):
         a, b, texts = zip(*jobs[first:first + batch_size])
         rows += function([load_image(path) for path in a], [load_image(path) for path in b], texts, *judges)
+    for row, (path, *_) in zip(rows, jobs):
+        for name, value in row.items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{path}: its {name} is no number (NaN)")
     return rows
 
 
@@ -306,6 +310,9 @@ def make_edits(model, settings, jobs):
 
     A batch that is there is skipped, one of which a part is there made again: outputs do not depend on
     interruptions."""
+    for folder in {output.parent for output, _, _ in jobs}:
+        folder.mkdir(exist_ok=True)
+        sweep(folder)
     for first in tqdm(range(0, len(jobs), settings.batch_size), f"batches of {settings.batch_size} edits"):
         batch = jobs[first:first + settings.batch_size]
         if all(output.is_file() for output, _, _ in batch):
@@ -317,7 +324,6 @@ def make_edits(model, settings, jobs):
         for size, same in by_size.items():
             outputs, images, instructions = zip(*same)
             for output, image in zip(outputs, edit.edit(model, images, instructions, size, settings)):
-                output.parent.mkdir(exist_ok=True)
                 save_png(image, output)
 
 
@@ -364,7 +370,7 @@ def plot(measured, published, axes, size=(560, 400), margin=60):
 
 def write(folder, name, lines, rows, picture):
     """Prints a table, and keeps it as NAME.md, its numbers as NAME.jsonl and a picture as NAME.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     for suffix, text in ((".md", lines), (".jsonl", [json.dumps(row) for row in rows])):
         content = "\n".join(text) + "\n"
         replace_file(folder / (name + suffix),
@@ -526,8 +532,8 @@ def parser():
     p.add_argument("--clip", default="openai/clip-vit-large-patch14", help="directory or hub id (%(default)s)")
 
     for name, p in commands.choices.items():   # what they share
-        p.add_argument("data", help="the directory of the data set")
-        p.add_argument("--models", nargs="+", default=[], help="directories or hub ids")
+        p.add_argument("data", type=normal_path, help="the directory of the data set")
+        p.add_argument("--models", nargs="+", default=[], type=normal_path, help="directories or hub ids")
         p.add_argument("--outputs", nargs="+", type=Path, default=[], help="folders of other editors' images")
         p.add_argument("--output", type=Path, default=Path("outputs") / name,
                        help="of edits, table and picture (%(default)s)")
@@ -549,7 +555,8 @@ def main(argv=None):
         if not args.models + args.outputs:
             raise ValueError("there is nothing to judge: give --models, --outputs, or both")
         args.precision = args.precision or ("fp16" if args.device.startswith("cuda") else "fp32")
-        args.run(args)
+        with claimed(args.output):
+            args.run(args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from checkpoint import about
 from cli import Parser, errors, positive_int, replace_file, seed_int
 from data import parse_json
 from experiments.published import read_magicbrush
@@ -114,6 +115,18 @@ def read(path):
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_key(path):
+    """The key of a survey.  ValueError if it is none, or damaged."""
+    key = read(path)
+    with about(f"--key {path} is no key of a survey, or damaged"):
+        options = [set(item["options"].values()) for item in key["items"]]
+        methods = options[0]
+        is_whole = type(key["survey"]) is str and all(other == methods for other in options)
+        if not (is_whole and key["pick"] in range(1, len(methods) + 1) and all(type(m) is str for m in methods)):
+            raise ValueError("its edits, options or number of choices do not fit together")
+    return key
+
+
 def chosen_methods(file, answers, key, n, question):
     """The methods that a file of answers chooses in the n-th edit.  ValueError unless they are as many as asked for."""
     options = key["items"][n]["options"]
@@ -144,9 +157,7 @@ def count(key, files):
 
 
 def tally(args):
-    key = read(args.key)
-    if not {"survey", "pick", "items"} <= key.keys():
-        raise ValueError(f"--key {args.key} is no key of a survey")
+    key = read_key(args.key)
     shown = len(args.answers) * len(key["items"])
     methods = sorted(key["items"][0]["options"].values())
     chosen = count(key, args.answers)

@@ -33,6 +33,15 @@ def iou(a, b):
     return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp_min(1)
 
 
+def finite(scores):
+    """The scores, tensors (B,), themselves.  ValueError if one is no number, which a comparison would hide."""
+    for name, values in scores.items():
+        bad = sum(~values.isfinite()).item()
+        if bad:
+            raise ValueError(f"the {name} of {bad} of {len(values)} edits is no number (NaN)")
+    return scores
+
+
 @torch.no_grad()
 def judge(edits, images, outputs, clip):
     """Scores edited images (B, 3, S, S) by the truth: a dict of tensors (B,).  clip: a ClipScorer.
@@ -48,7 +57,8 @@ def judge(edits, images, outputs, clip):
     E_caption = clip.embed_texts([e.scene.caption for e in edits])
     E_edited_caption = clip.embed_texts([e.edited.caption for e in edits])
     match, old_match = (E_output * E_edited_caption).sum(1), (E_output * E_caption).sum(1)
-    return {"L1": error.mean((1, 2, 3)),
+    return finite({
+            "L1": error.mean((1, 2, 3)),
             "L2": error.square().mean((1, 2, 3)),
             "inside": mean_inside(error, mask),
             "outside": mean_inside(error, ~mask),
@@ -56,7 +66,7 @@ def judge(edits, images, outputs, clip):
             "right": (mean_inside(error, mask) < mean_inside(change, mask)).float(),
             "CLIP-I": (E_output * E_truth).sum(1),
             "CLIP-T": match,
-            "direction": cosine_similarity(E_output - E_input, E_edited_caption - E_caption)}
+            "direction": cosine_similarity(E_output - E_input, E_edited_caption - E_caption)})
 
 
 def judge_attention(model, edits, images, outputs):

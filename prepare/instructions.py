@@ -19,6 +19,7 @@ import random
 import re
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cli import Parser, default_device, device, errors, non_negative_float, positive_int, replace_file, seed_int
+from checkpoint import about
+from cli import (Parser, default_device, device, errors, locked, non_negative_float, normal_path, positive_int,
+                 replace_file, seed_int, sweep)
 from data import NAMES, TEXTS, parse_json, read_edits, read_entries, text_lines
 from shards import InstructPix2Pix, expand, read_headers, read_member
 
@@ -276,11 +279,13 @@ def make_jobs(rows, kinds, args):
 
 def resume(part, header, size, total):
     """The number of edits that `part` holds.  It is cut after its last whole round, as only a round can be repeated."""
-    if not part.exists():
-        replace_file(part, lambda path: path.write_text(header, encoding="utf-8"))
     with open(part, "r+b") as file:
         begun = file.readline().decode(errors="replace")
-        if begun != header:
+        if begun != header and header.startswith(begun):          # it is new, or a kill cut its first line
+            file.seek(0)
+            file.truncate()
+            file.write(header.encode())
+        elif begun != header:
             raise ValueError(f"{part} was begun by another command: {begun.strip()}; give that one, or remove the file")
         done, end = 0, file.tell()
         for number, line in enumerate(file, 1):
@@ -324,8 +329,8 @@ def fields(args):
 
 def finish(part, output, rejects, total):
     """Writes the good edits and the rejects of a part file, which is then removed, and prints their numbers."""
-    with open(part, encoding="utf-8") as file:
-        results = [json.loads(line) for line in islice(file, 1, None)]
+    with about(f"{part} is damaged; remove it to start again"), open(part, encoding="utf-8") as file:
+        results = [(reason, dict(edit)) for reason, edit in map(json.loads, islice(file, 1, None))]
     for path, is_reject in ((rejects, True), (output, False)):
         kept = [json.dumps(edit, ensure_ascii=False) + "\n" for reason, edit in results if bool(reason) == is_reject]
         replace_file(path, lambda temporary: temporary.write_text("".join(kept), "utf-8", "backslashreplace"))
@@ -336,14 +341,28 @@ def finish(part, output, rejects, total):
         print(f"{number:8} {number / total:6.1%}  {reason or 'accepted'}")
 
 
-def run(args):
+@contextmanager
+def claimed_part(output):
+    """Inside, the part file of an output is there, can be written, and is this process's alone.  It is removed if it
+    stays empty: the command may still be refused."""
+    part = output.with_name(output.name + ".part")
+    if output.exists() and not part.exists():
+        raise ValueError(f"--output {output} exists already; choose another name, or remove it")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no such folder")
+    open(part, "ab").close()
+    with locked(part):
+        try:
+            yield part
+        finally:
+            if part.exists() and part.stat().st_size == 0:
+                part.unlink()
+
+
+def run(args, part):
     # ---- the files and the prompt
     paths, (kinds, prompt) = find_files(args.input), read_prompt(*fields(args))
-    part, rejects = (args.output.with_name(args.output.name + end) for end in (".part", ".rejects"))
-    if args.output.exists() and not part.exists():
-        raise ValueError(f"--output {args.output} exists already; choose another name, or remove it")
-    if not args.output.parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no such folder")
+    rejects = args.output.with_name(args.output.name + ".rejects")
     if args.edits > len(kinds):
         raise ValueError(f"--edits {args.edits}: {PROMPT} shows only {len(kinds)} kinds of edit, {', '.join(kinds)}")
     rows = read_captions(paths, TEXTS[:3] if args.reverse_only else TEXTS[:1])
@@ -362,27 +381,27 @@ def run(args):
     settings |= {"prompt": zlib.crc32(prompt.encode()), "total": total}
     size = ROUND * args.batch_size
     done = resume(part, json.dumps(settings) + "\n", size, total)
+    sweep(part.parent, {args.output.name, rejects.name})
     said = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(f"{said}, done {done}, dtype {model.dtype}", flush=True)
 
     # ---- what is not
     jobs = islice(make_jobs(rows, kinds, args), done, None)
-    # A lone half character in a field that is kept, as in a URL, is written as JSON writes it: \ud800.
-    with (open(part, "a", encoding="utf-8", errors="backslashreplace") as file,
-          tqdm(total=total, initial=done, unit="edit") as progress):
+    with tqdm(total=total, initial=done, unit="edit") as progress:
         for batch in iter(lambda: list(islice(jobs, size)), []):
             results = ask(model, tokenizer, prompt, batch, done, args, progress)
-            file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-            file.flush()
+            # A lone half character in a field that is kept, as in a URL, is written as JSON writes it: \ud800.
+            with about(f"{part} cannot be written"), open(part, "a", 1, "utf-8", "backslashreplace") as file:
+                file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
             done += len(batch)
     finish(part, args.output, rejects, total)
 
 
 def main(argv=None):
     p = Parser("prepare.instructions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", nargs="+", required=True, help="captions: .txt, .jsonl, .tar")
+    p.add_argument("--input", nargs="+", required=True, type=normal_path, help="captions: .txt, .jsonl, .tar")
     p.add_argument("--output", type=Path, required=True, help="a .jsonl file")
-    p.add_argument("--model", default="google/gemma-2-2b-it",
+    p.add_argument("--model", default="google/gemma-2-2b-it", type=normal_path,
                    help="directory or hub id of a language model (%(default)s)")
     p.add_argument("--edits", type=positive_int, help="edits of each caption, each of another kind (1)")
     p.add_argument("--reverse-only", action="store_true",
@@ -396,8 +415,8 @@ def main(argv=None):
     if args.edits and args.reverse_only:
         p.error("--edits has no effect on --reverse-only")
     args.edits = args.edits or 1
-    with errors(p, args):
-        run(args)
+    with errors(p, args), claimed_part(args.output) as part:
+        run(args, part)
 
 
 if __name__ == "__main__":

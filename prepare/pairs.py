@@ -13,9 +13,7 @@ InstructPix2Pix's data (shards.py).  What it already holds is not made again.
 import itertools
 import json
 import math
-import os
 import random
-import shutil
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import contextmanager
@@ -29,8 +27,9 @@ from tqdm import tqdm
 
 import toy
 from attention import Attention
-from cli import (Parser, default_device, device, errors, non_negative_float, number, positive_int,
-                 replace_file, seed_int)
+from checkpoint import about
+from cli import (Parser, claimed, default_device, device, errors, non_negative_float, number, normal_path,
+                 positive_int, replace_file, seed_int, sweep)
 from data import TEXTS, parse_json, read_edits, read_lines
 from experiments.truth import edit_mask
 from losses import ClipScorer
@@ -170,18 +169,20 @@ def similarities(scorer, images, edited_images, captions, edited_captions):
 # ---- the files of pairs --------------------------------------------------------------------------------------------
 
 def keep_settings(folder, settings, results):
-    """Writes a folder's settings.json.  ValueError if there are `results` in it, a glob pattern,
-    that were made with other settings."""
-    file = folder / "settings.json"
-    old = settings
-    if file.is_file() and any(folder.glob(results)):
-        old = json.loads(file.read_text())
-    changed = [name for name in settings if old.get(name) != settings[name]]
-    if changed:
-        raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose "
-                         "another --output, or remove it")
+    """Writes a folder's settings.json, and removes what a killed run left unfinished.  ValueError if there are
+    `results` in the folder, a glob pattern, that were made with other settings; then nothing is touched."""
+    file, text = folder / "settings.json", json.dumps(settings, indent=1)
+    if any(folder.glob(results)):
+        with about(f"{file}: choose another --output, or remove {folder}"):
+            old = parse_json(file.read_bytes())
+        changed = [name for name in settings if old.get(name) != json.loads(text)[name]]
+        if changed:
+            raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose another --output, or "
+                             "remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=1)))
+    sweep(folder)
+    if not file.is_file() or file.read_bytes() != text.encode():
+        replace_file(file, lambda path: path.write_text(text))
 
 
 def read_input(args):
@@ -201,27 +202,34 @@ def prompt(edit):
 
 def read_prompt(folder):
     """The edit of a directory.  InstructPix2Pix calls the caption "input" in some of its data, "caption" in others."""
-    edit, = read_edits(parse_json((folder / "prompt.json").read_bytes()), [{}], TEXTS[:3])
+    file = folder / "prompt.json"
+    with about(file):
+        edit, = read_edits(parse_json(file.read_bytes()), [{}], TEXTS[:3])
     return edit
 
 
 def write_pairs(folder, edit, pairs):
     """One directory of InstructPix2Pix's layout, whole or not at all.  pairs: [(scores, two images), ...]"""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "prompt.json").write_text(json.dumps(prompt(edit)))
-    lines = [json.dumps(row) + "\n" for row, _ in pairs]
-    (temporary / "metadata.jsonl").write_text("".join(lines))
-    for row, images in pairs:
-        for i, image in enumerate(images):
-            to_pil(image).save(temporary / f"{row['seed']}_{i}.jpg", quality=100, subsampling=0)
-    os.replace(temporary, folder)
+    def write(temporary):
+        temporary.mkdir()
+        (temporary / "prompt.json").write_text(json.dumps(prompt(edit)))
+        lines = [json.dumps(row) + "\n" for row, _ in pairs]
+        (temporary / "metadata.jsonl").write_text("".join(lines))
+        for row, images in pairs:
+            for i, image in enumerate(images):
+                to_pil(image).save(temporary / f"{row['seed']}_{i}.jpg", quality=100, subsampling=0)
+    replace_file(folder, write)
 
 
 def read_scores(folder):
-    """The scores of the pairs of a directory, the best pair first."""
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    """The scores of the pairs of a directory, the best pair first.  ValueError if its list is damaged."""
+    file = folder / "metadata.jsonl"
+    with about(f"{file} is damaged; remove {folder}, and it is made again"):
+        rows = [parse_json(line) for line in file.read_bytes().splitlines()]
+        for row in rows:
+            if type(row.get("seed")) is not int or type(row.get("p2p_threshold")) is not float:
+                raise ValueError("a line has no seed or no p2p_threshold")
+    return rows
 
 
 def sample_pairs(model, scorer, edits, seeds, args):
@@ -241,7 +249,8 @@ def sample_pairs(model, scorer, edits, seeds, args):
     scores = similarities(scorer, *(i.float() for i in images), captions, edited_captions)
     for b, pair in enumerate(zip(*images)):
         score = {name: values[b].item() for name, values in scores.items()}
-        failed = [name for name, least in zip(SCORES, args.thresholds) if score[name] < least]
+        passed = {name: score[name] >= least for name, least in zip(SCORES, args.thresholds)}     # NaN does not
+        failed = [name for name in SCORES if not passed[name]]
         row = {"seed": seeds[b], "p2p_threshold": shares[b].item(), "cfg_scale": scales[b].item(),
                "clip_sim_0": score["caption"], "clip_sim_1": score["edited_caption"],
                "clip_sim_dir": score["direction"], "clip_sim_image": score["image"]}
@@ -249,7 +258,7 @@ def sample_pairs(model, scorer, edits, seeds, args):
 
 
 def make_group(model, scorer, group, args, counts):
-    """Makes the directories of some edits, [(directory, edit), ...], and counts the pairs."""
+    """Makes the directories of some edits, [(directory, edit), ...], that are not there, and counts the pairs."""
     jobs = []
     for folder, edit in group:
         seeds = random.Random(f"{args.seed} {folder.name}").sample(range(2 ** 32), args.samples)
@@ -264,7 +273,8 @@ def make_group(model, scorer, group, args, counts):
                 found[folder].append((row, pair))
     for folder, edit in group:
         best = sorted(found[folder], key=lambda pair: -pair[0]["clip_sim_dir"])
-        write_pairs(folder, edit, best[:KEPT])
+        if not folder.is_dir():
+            write_pairs(folder, edit, best[:KEPT])
 
 
 def make(args):
@@ -280,20 +290,17 @@ def make(args):
     # ---- what is there
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     keep_settings(args.output, settings, "*/prompt.json")
-    folders, todo = [args.output / f"{i:07d}" for i in range(len(edits))], []
+    folders = [args.output / f"{i:07d}" for i in range(len(edits))]
     for folder, edit in zip(folders, edits):
-        if not folder.is_dir():
-            todo.append((folder, edit))
-        elif prompt(read_prompt(folder)) != prompt(edit):
+        if folder.is_dir() and prompt(read_prompt(folder)) != prompt(edit):
             raise ValueError(f"{folder} holds another edit than --input: choose another --output, or remove it")
 
-    # ---- what is not
+    # ---- what is not.  A group of which one is missing is made again: the rounding depends on what is together.
     counts, together = Counter(), math.ceil(args.batch_size / args.samples)
-    with tqdm(total=len(todo), desc="edits") as progress:
-        for i in range(0, len(todo), together):
-            group = todo[i:i + together]
+    for i in tqdm(range(0, len(edits), together), f"groups of {together} edits"):
+        group = list(zip(folders[i:i + together], edits[i:i + together]))
+        if not all(folder.is_dir() for folder, _ in group):
             make_group(model, scorer, group, args, counts)
-            progress.update(len(group))
 
     # ---- the list
     seeds = [[folder.name, [row["seed"] for row in read_scores(folder)]] for folder in folders]
@@ -384,11 +391,12 @@ def biases(args):
 def parse(argv):
     p = Parser("prepare.pairs", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 
-    def add(flag, text, **kind):
+    def add(flag, text, type=normal_path, **kind):
         usual, of_toy = SETTINGS[flag[2:].replace("-", "_")]
-        p.add_argument(flag, help=f"{text} (default: {usual or 'all'}; toy: {of_toy})", **kind)
+        p.add_argument(flag, help=f"{text} (default: {usual or 'all'}; toy: {of_toy})", type=type, **kind)
 
-    p.add_argument("--input", default="toy", help="'toy', or JSONL of caption, instruction, edited_caption")
+    p.add_argument("--input", default="toy", type=normal_path,
+                   help="'toy', or JSONL of caption, instruction, edited_caption")
     add("--edits", "at most so many edits of --input", type=positive_int)
     p.add_argument("--output", type=Path, default=Path("runs/pairs"), help="(%(default)s)")
     add("--model", "text-to-image: directory or hub id")
@@ -426,7 +434,8 @@ def main(argv=None):
     with errors(p, args):
         if args.biases:
             biases(args)
-        else:
+            return
+        with claimed(args.output):
             make(args)
 
 

@@ -24,8 +24,8 @@ from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import toy
-from checkpoint import save_network, write_json
-from cli import Parser, errors, number, positive_int
+from checkpoint import about, save_network, write_json
+from cli import Parser, claimed, errors, number, positive_int, sweep, unfinished
 from losses import ClipScorer
 from train import SETTINGS, noise_error, update_average
 from uip2p import TIMESTEPS, EditModel
@@ -33,7 +33,9 @@ from unet import UNet
 from vae import VAE
 
 TOY = Path(__file__).resolve().parent.parent / "models/toy"
-PARTS = "clip", "vae", "text2image", "judge"                   # the order in which they are made
+# The parts in the order in which they are made, and the files and folders of each.
+PARTS = {"clip": ("tokenizer", "clip", "text_encoder"), "vae": ("vae",),
+         "text2image": ("scheduler", "edit_defaults.json", "text2image"), "judge": ("judge",)}
 WIDTH = 64                                # of the text encoder, hence of the UNet's context
 TOKENS = 24                               # of a text, instead of 77: the longest caption has 17
 
@@ -106,15 +108,6 @@ def make_tokenizer(folder):
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def replace_folder(folder, write):
-    """Lets write(temporary folder) make a folder, and gives it its name only when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
 def autocast(precision):
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
@@ -184,11 +177,9 @@ def pretrain_clip(folder, tokenizer, config, steps, precision):
     # ---- train and save
     train(clip, loss_of, steps, 1e-3, precision, folder.name)
     clip.eval().half()
-
-    def write(temporary):
-        clip.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    replace_folder(folder, write)
+    with about(f"{folder} cannot be written"):
+        clip.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
     # ---- test
     scenes = {scene.caption: scene for scene in (toy.edit("test", i).scene for i in range(400))}
@@ -217,7 +208,7 @@ def pretrain_vae(path, steps, precision):
         latents = vae.encode(images)
         error = (vae.decode(latents) - images).abs().mean() / 2
     vae.config["scaling_factor"] = round(1 / latents.std().item(), 5)
-    replace_folder(path / "vae", lambda temporary: save_network(vae.half(), temporary))
+    save_network(vae.half(), path / "vae")
     print(f"VAE: L1 {error:.4f} on 500 test scenes (range 0-1), standard deviation of the latents {latents.std():.3f}")
 
 
@@ -254,7 +245,7 @@ def pretrain_text2image(path, steps, precision):
 
     # ---- train and save
     train(unet, loss_of, steps, 1e-3, precision, "text2image")
-    replace_folder(path / "text2image", lambda temporary: save_network(average.half(), temporary))
+    save_network(average.half(), path / "text2image")
 
     # ---- test: CLIP looks for the caption of each generated image
     model = EditModel.from_pretrained(path / "text2image")
@@ -269,27 +260,49 @@ def pretrain_text2image(path, steps, precision):
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
+def make_part(part, folder, args):
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    if part == "clip":
+        tokenizer = make_tokenizer(folder / "tokenizer")
+        clip = pretrain_clip(folder / "clip", tokenizer, CLIP, args.clip_steps, args.precision)
+        with about(f"{folder / 'text_encoder'} cannot be written"):
+            clip.text_model.save_pretrained(folder / "text_encoder")
+    if part == "vae":
+        pretrain_vae(folder, args.vae_steps, args.precision)
+    if part == "text2image":
+        pretrain_text2image(folder, args.text2image_steps, args.precision)
+    if part == "judge":
+        tokenizer = make_tokenizer(folder / "judge")
+        pretrain_clip(folder / "judge", tokenizer, JUDGE, args.clip_steps, args.precision)
+
+
 def make(args):
-    for part in sorted(set(args.parts), key=PARTS.index):
-        torch.manual_seed(args.seed)
-        random.seed(args.seed)
-        if part == "clip":
-            tokenizer = make_tokenizer(args.output / "tokenizer")
-            clip = pretrain_clip(args.output / "clip", tokenizer, CLIP, args.clip_steps, args.precision)
-            clip.text_model.save_pretrained(args.output / "text_encoder")
-        if part == "vae":
-            pretrain_vae(args.output, args.vae_steps, args.precision)
-        if part == "text2image":
-            pretrain_text2image(args.output, args.text2image_steps, args.precision)
-        if part == "judge":
-            tokenizer = make_tokenizer(args.output / "judge")
-            pretrain_clip(args.output / "judge", tokenizer, JUDGE, args.clip_steps, args.precision)
+    sweep(args.output)
+    with unfinished(args.output / "parts") as new:
+        # ---- the parts that are asked for, beside those that they need and that are there
+        new.mkdir()
+        for part, names in PARTS.items():
+            if part in args.parts:
+                make_part(part, new, args)
+            elif part != "judge" and "text2image" in args.parts:
+                for name in names:
+                    shutil.copytree(args.output / name, new / name)
+
+        # ---- in their place.  All old ones go first: what a kill leaves lacks parts, and does not load.
+        made, old = [name for part in args.parts for name in PARTS[part]], new / "old"
+        old.mkdir()
+        for name in made:
+            if (args.output / name).exists():
+                (args.output / name).rename(old / name)
+        for name in made:
+            (new / name).rename(args.output / name)
 
 
 def main(argv=None):
     p = Parser("prepare.pretrain", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--output", type=Path, default=TOY, help="the folder of the model (%(default)s)")
-    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:3],
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS)[:3],
                    help="a judge is a second CLIP, which no training sees (experiments.claims)")
     p.add_argument("--clip-steps", type=positive_int, default=2500, help="also of the judge (%(default)s)")
     p.add_argument("--vae-steps", type=positive_int, default=2500, help="(%(default)s)")
@@ -298,11 +311,12 @@ def main(argv=None):
                    help="bf16 is faster where the CPU has AMX (%(default)s)")
     p.add_argument("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything (%(default)s)")
     args = p.parse_args(argv)
+    args.parts = set(args.parts)
     if "text2image" in args.parts:
         for part in ("clip", "vae"):
             if part not in args.parts and not list((args.output / part).glob("*.safetensors")):
                 p.error(f"text2image needs {args.output / part}: make it first, with --parts {part}")
-    with errors(p, args):
+    with errors(p, args), claimed(args.output):
         make(args)
 
 

@@ -370,6 +370,15 @@ def test_bad_arguments_are_refused(tmp_path, capsys):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a-cycle.png", "folder", "in.png"]
 
 
+@pytest.mark.parametrize("precision, advised", [("fp32", False), ("bf16", True)])
+def test_a_model_without_numbers_is_said_with_advice_that_helps(tmp_path, capsys, monkeypatch, precision, advised):
+    monkeypatch.setattr(edit.EditModel, "edit", lambda self, images, *_, **__: images * torch.nan)
+    with pytest.raises(SystemExit):
+        run(picture(tmp_path / "in.png"), tmp_path / "out.png", *WORDS, "--precision", precision)
+    error = capsys.readouterr().err
+    assert "no numbers (NaN)" in error and ("--precision fp32" in error) == advised
+
+
 def test_as_a_program(tmp_path):
     def program(*argv):
         return subprocess.run([sys.executable, ROOT / "edit.py", *argv], cwd=tmp_path, capture_output=True, text=True)

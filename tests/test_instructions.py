@@ -429,7 +429,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(guessing, tmp_path, mon
     def stop(name, method, after):
         """Runs until the `after`-th call of a function -> the lines of the .part file; the first says the settings."""
         calls = iter(range(after))
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
             real = getattr(*method)
 
             def interrupted(first, *args, **kwargs):
@@ -457,7 +457,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(guessing, tmp_path, mon
 def test_a_run_goes_on_with_its_own_command_only(guessing, tmp_path, monkeypatch, capsys):
     source, output = write(tmp_path / "captions.txt", "a dog"), tmp_path / "edits.jsonl"
     good = "--model", guessing, "--input", source, "--output", output, "--batch-size", 2
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(instructions, "generate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         run(guessing, source, output)
     capsys.readouterr()
@@ -525,3 +525,28 @@ def test_bad_models_are_refused(guessing, tmp_path, capsys, monkeypatch):
                        ("partial", "model.norm.weight"), ("wordless", "no tokenizer"), ("short", "reads 50 tokens")):
         assert word in refuse(capsys, "--model", tmp_path / name, "--input", source, "--output", tmp_path / "out"), name
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_second_process_is_refused(guessing, tmp_path, capsys):
+    source, output = write(tmp_path / "captions.txt", "a dog"), tmp_path / "edits.jsonl"
+    good = "--model", guessing, "--input", source, "--output", output
+    with instructions.claimed_part(output) as part:
+        assert f"{part} is in use by another process" in refuse(capsys, *good)
+        assert part.exists()
+    assert not part.exists()                                  # it stayed empty
+
+
+def test_a_part_file_that_was_cut_in_its_first_line_or_damaged(guessing, tmp_path, capsys):
+    source, output = write(tmp_path / "captions.txt", "a dog"), tmp_path / "edits.jsonl"
+    good = "--model", guessing, "--input", source, "--output", output, "--batch-size", 2
+    part = output.with_name("edits.jsonl.part")
+    part.write_text('{"input": "[')
+    (tmp_path / "edits.jsonl.rejects.tmp-01234567").touch()
+    (tmp_path / "other.jsonl.tmp-01234567").touch()           # of another run, in the same folder
+    run(guessing, source, output)
+    assert sorted(file.name for file in tmp_path.glob("*.*")) == [
+        "captions.txt", "edits.jsonl", "edits.jsonl.rejects", "other.jsonl.tmp-01234567", "prompt.txt"]
+    output.unlink()
+    part.write_text("something else")
+    capsys.readouterr()
+    assert "begun by another command" in refuse(capsys, *good) and part.read_text() == "something else"

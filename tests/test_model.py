@@ -4,7 +4,6 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub._snapshot_download import TreeCacheEntry, write_tree_cache

@@ -3,6 +3,7 @@ import copy
 import functools
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -280,3 +281,39 @@ def test_an_edit_is_moved_with_its_scene():
         for o in new.edited.objects:
             added = edit.kind == "add" and o == edit.edited.objects[-1]
             assert added or any(o == toy.replace(p, x=p.x + 1) for p in edit.edited.objects)
+
+
+# ---- what may be damaged -------------------------------------------------------------------------------------------
+
+def test_a_pair_that_is_no_number_does_not_pass(toy_model, monkeypatch):
+    scores = {name: torch.tensor([.9, float("nan") if name == "direction" else .9]) for name in pairs.SCORES}
+    monkeypatch.setattr(pairs, "prompt_to_prompt", lambda *_: torch.zeros(2, 2, 3, 32, 32))
+    monkeypatch.setattr(pairs, "similarities", lambda *_: scores)
+    edits = [{"caption": text, "edited_caption": text} for text in CAPTIONS]
+    args = pairs.parse(["--thresholds", "0", "0", "0", "0"])[1]
+    made = pairs.sample_pairs(toy_model, None, edits, [1, 2], args)
+    assert [failed for _, failed, _ in made] == [[], ["direction"]]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"seed": 0', "[" * 100_000, "\udcff", '{"seed": 1}'])
+def test_damaged_settings_are_refused_and_the_folder_is_left_as_it_is(tmp_path, content):
+    folder = tmp_path / "0000000"
+    folder.mkdir()
+    (folder / "prompt.json").touch()
+    (tmp_path / "seeds.json.tmp-0123abcd").touch()
+    (tmp_path / "settings.json").write_bytes(content.encode(errors="surrogateescape"))
+    before = {file: (file.stat().st_mtime_ns, file.is_file() and file.read_bytes()) for file in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as error:
+        keep_settings(tmp_path, {"seed": 0}, "*/prompt.json")
+    assert "\n" not in str(error.value) and "remove" in str(error.value)
+    assert before == {file: (file.stat().st_mtime_ns, file.is_file() and file.read_bytes())
+                      for file in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "{", '{"seed": "1", "p2p_threshold": 0.5}', '{"seed": 1}'])
+def test_a_damaged_list_of_pairs_is_named(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"seed": 1, "p2p_threshold": .5}) + "\n")
+    assert pairs.read_scores(tmp_path)[0]["seed"] == 1
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="metadata.jsonl is damaged"):
+        pairs.read_scores(tmp_path)

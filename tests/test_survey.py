@@ -154,6 +154,11 @@ def test_bad_answers_and_arguments_are_refused(tmp_path, folders, capsys):
     bad.write_text("[]")
     assert "no JSON object" in refuse(capsys, *tally, bad) and "no key" in refuse(capsys, "tally", good, "--key", good)
     assert "missing" in refuse(capsys, *tally, tmp_path / "no.json")
+    items = key["items"]
+    for change in ({"pick": 0}, {"pick": 9}, {"pick": "2"}, {"items": []}, {"items": [1]}, {"items": {}}, {"survey": 1},
+                   {"items": [{"options": {"a": []}}]}, {"items": [*items, {"options": {"a": "b"}}]}):
+        (tmp_path / "key.json").write_text(json.dumps(key | change))
+        assert "key.json is no key of" in refuse(capsys, "tally", good, "--key", tmp_path / "key.json")
     page = ["page", folders[0], "--outputs", *folders[1]]
     assert "exists already" in refuse(capsys, *page, "--output", tmp_path / "study.html")
     assert ".html" in refuse(capsys, *page, "--output", tmp_path / "a.png")

@@ -3,6 +3,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +228,35 @@ def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         pretrain.main(["--parts", "text2image", "--output", str(tmp_path / "other")])
     assert stop.value.code == 2 and "make it first, with --parts clip" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moves", range(8))
+def test_a_new_toy_model_takes_the_place_of_the_old_one_as_a_whole(tmp_path, monkeypatch, moves):
+    """Stopped between two of its renames, it leaves parts of one model only; stopped before, it leaves the old one."""
+    def make_part(part, folder, args):
+        for name in pretrain.PARTS[part]:
+            assert not (folder / name).exists()
+            (folder / name).mkdir()
+            (folder / name / "new").touch()
+        if part == "vae" and moves == 0:
+            raise KeyboardInterrupt
+
+    rename, count = Path.rename, iter(range(moves))
+
+    def stopped(path, target):
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        return rename(path, target)
+    monkeypatch.setattr(pretrain, "make_part", make_part)
+    parts = [*pretrain.PARTS["clip"], *pretrain.PARTS["vae"]]
+    for name in [*parts, "unet"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(Path, "rename", stopped)
+        pretrain.main(["--parts", "clip", "vae", "--output", str(tmp_path)])
+    there = {folder.name: [file.name for file in folder.iterdir()] for folder in tmp_path.iterdir()}
+    assert there.pop("unet") == ["old"] and there.keys() <= {*parts}
+    assert len({*map(str, there.values())}) <= 1 and (moves > 0 or len(there) == 4)
+    pretrain.main(["--parts", "clip", "vae", "--output", str(tmp_path)]) if moves else None
+    assert moves == 0 or all((tmp_path / name / "new").exists() for name in parts)

@@ -5,21 +5,23 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import losses
 import toy
 import train
-from cli import autocast, default_precision
+from checkpoint import load_run, save_log, save_run
+from cli import autocast, claimed, default_precision, replace_file
 from data import batches
 from losses import ClipScorer, content_words
 from pictures import save_png, to_pil
@@ -581,7 +583,7 @@ def test_other_settings_do_not_enter_the_same_folder(whole, capsys, flags):
     message = refuse(capsys, *FAST, "--output", whole[0], "--steps", 6, *flags)
     assert str(whole[0]) in message
     # the first difference is named; another objective comes with another model
-    assert flags[0] in message or flags[0] == "--objective" and "--model" in message
+    assert f"another {flags[0][2:]}, " in message or flags[0] == "--objective" and "another model, " in message
     assert contents(whole[0]) == before
 
 
@@ -601,7 +603,7 @@ BAD_VALUES = {
     (["--model", str(TOY / "clip")], "clip"), (["--clip", "/no/such/clip"], "/no/such/clip"),
     ([*TOY_MODEL, "--data", "no-such-data"], "no-such-data"), (["--validation", "no-such-data"], "no-such-data"),
     (["--data", "no-such-data.tar"], "no-such-data.tar"), (["--data", "no-such-data=3", "a"], "no-such-data"),
-    (["--data", "a=many"], "many"), (["--data", "toy=0", *TOY_MODEL], "weights"),
+    (["--data", "a=many"], "many"), (["--data", "toy=0", *TOY_MODEL], "--data toy=0"),
     (["--data", "a", "--texts", "no-such-texts"], "no-such-texts"), (["--texts", "a"], "--texts"),
     (["--resolution", "64"], "--resolution 32"), (["--data", "toy", "photos"], "--resolution 32"),
     (["--data", "toy=2", "photos"], "--resolution 32"),
@@ -641,20 +643,174 @@ def test_a_missing_image_of_the_listing_is_named(tmp_path, capsys, gradients):
     assert "samples are broken; the last is" in message and "line 3: " in message and "elsewhere.png" in message
 
 
-def test_a_damaged_state_is_refused_in_one_line(tmp_path, capsys):
-    (tmp_path / "state.pt").write_bytes(b"PK\3\4 cut short")
-    assert "state.pt" in refuse(capsys, *FAST, "--output", tmp_path, "--steps", 1)
+class Part(dict):
+    """What save_run takes for a network."""
+    def state_dict(self):
+        return dict(self)
+
+    def load_state_dict(self, state):
+        if state.keys() != self.keys():
+            raise RuntimeError("Missing keys:\n\tb")
+        self.update(state)
 
 
-@pytest.mark.parametrize("name, error", [("torch.save", RuntimeError), ("checkpoint.save_file", SafetensorError)])
-def test_a_full_disk_is_said_in_one_line(tmp_path, capsys, plain, monkeypatch, name, error):
-    def save(content, path, *rest):
-        Path(path).write_bytes(b"half")
-        raise error("No space left")
-    monkeypatch.setattr(name, save)
-    message = refuse(capsys, *FAST, "--objective", "ip2p", "--steps", 1, "--output", tmp_path)
-    assert "No space left" in message
-    assert not any(file.read_bytes() == b"half" for file in tmp_path.rglob("*") if file.is_file())
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.arange(99.).numpy().tobytes()) + 200] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda file: file.write_bytes(file.read_bytes()[:-100]), "is damaged"), (flipped, "checksum"),
+    (lambda file: file.write_bytes(b"PK\3\4 cut"), "is damaged"), (lambda file: file.write_bytes(b""), "is damaged"),
+    (lambda file: torch.save({"settings": [], "parts": 1}, file), "checksum"),            # of another program
+    (lambda file: torch.save([1, 2], file), "checksum"), (lambda file: file.unlink() or file.mkdir(), "is damaged"),
+    (lambda file: save_run(file.parent, {"model": "m", "lr": "1"}, {"a": Part(b=1)}, {}), "does not fit the model m"),
+    (lambda file: save_run(file.parent, {"model": "m", "lr": "2"}, {"a": Part()}, {}), "another lr, 2, not 1")])
+def test_a_state_that_is_not_of_this_run_is_refused_in_one_line_and_nothing_is_touched(tmp_path, damage, says):
+    settings, part = {"model": "m", "lr": "1"}, Part(weights=torch.arange(99.))
+    save_run(tmp_path, settings, {"a": part}, {"step": 3})
+    assert load_run(tmp_path, settings, {"a": Part(weights=None)}) == {"step": 3}
+    damage(tmp_path / "state.pt")
+    (tmp_path / "log.csv.tmp-0123abcd").touch()
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=says) as error:
+        load_run(tmp_path, settings, {"a": part})
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value) and contents(tmp_path) == before
+
+
+# ---- the folder of a run ---------------------------------------------------------------------------------------------
+
+CLAIM = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, ".")
+import cli
+with cli.claimed(Path(sys.argv[1])):
+    if os.fork() == 0:                         # a worker, which lives on for a while
+        print("claimed", flush=True)
+    time.sleep(20)
+"""
+
+
+def test_a_folder_has_one_run_until_this_is_killed(tmp_path, capsys):
+    """A second one is refused at once and leaves it as it is."""
+    path = tmp_path / "run"
+    first = subprocess.Popen([sys.executable, "-c", CLAIM, path], cwd=ROOT, stdout=subprocess.PIPE,
+                             start_new_session=True)
+    try:
+        assert first.stdout.readline() == b"claimed\n"
+        (path / "log.csv.tmp-0123abcd").touch()               # which the first is writing
+        time = path.stat().st_mtime_ns
+        assert f"{path} is in use by another process" in refuse(capsys, *FAST, "--output", path)
+        assert os.listdir(path) == ["log.csv.tmp-0123abcd"] and path.stat().st_mtime_ns == time
+        first.kill()
+        first.wait()
+        with claimed(path):
+            pass
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)                  # the worker
+
+
+def test_what_a_killed_run_left_goes_with_the_next_start(tmp_path, plain):
+    path = run(tmp_path, 1, "--objective", "ip2p")
+    whole = contents(path)
+    for name in ("state.pt.tmp-0123abcd", "best/new.tmp-00000000/unet/a.json", "model/new.tmp-01234567/b"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).touch()
+    (path / "notes.tmp-mine").touch()                         # not one of our names
+    run(tmp_path, 1, "--objective", "ip2p")
+    assert contents(path).keys() - whole.keys() == {"notes.tmp-mine"} and not list(path.glob("*/new.*"))
+
+
+@pytest.mark.parametrize("in_the_way", ["run", "run/model", "run/best"])
+def test_a_file_in_the_way_is_found_before_any_work(tmp_path, capsys, in_the_way):
+    (tmp_path / in_the_way).parent.mkdir(exist_ok=True)
+    (tmp_path / in_the_way).write_text("mine")
+    message = refuse(capsys, *FAST, "--output", tmp_path / "run", "--model", "no/such")
+    assert str(tmp_path / in_the_way) in message and contents(tmp_path) == {in_the_way: b"mine"}
+
+
+def test_two_writers_of_a_file_never_mix(tmp_path):
+    """One that begins while another writes, and that ends after it."""
+    def first(file):
+        file.write_text("first, ")
+        replace_file(tmp_path / "a", lambda other: other.write_text("second"))
+        with open(file, "a") as stream:
+            stream.write("whole")
+    replace_file(tmp_path / "a", first)
+    assert (tmp_path / "a").read_text() == "first, whole" and len(os.listdir(tmp_path)) == 1
+
+
+def test_ctrl_c_ends_in_one_line_below_the_bar(tmp_path, capsys, gradients, monkeypatch):
+    monkeypatch.setattr(train, "mean_of_processes", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--output", str(tmp_path / "run")])
+    assert stop.value.code == 130 and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err.split("\n")[-2] == "train.py: stopped by Ctrl-C"
+
+
+def test_an_error_is_on_a_line_of_its_own(tmp_path, capsys, gradients, monkeypatch):
+    monkeypatch.setattr(train, "compute_losses", overflowing(train.compute_losses, 2, float("nan")))
+    with pytest.raises(SystemExit):
+        train.main([*FAST, "--output", str(tmp_path)])
+    *bar, line, end = capsys.readouterr().err.split("\n")
+    assert "train: " in bar[-1] and line.startswith("train.py: error: no finite") and end == ""
+
+
+def test_every_process_empties_its_losses_and_the_first_alone_writes(tmp_path):
+    for rank in (0, 1):
+        numbers = SimpleNamespace(step=1, rows=[], losses={"loss": [1.0]})
+        args = SimpleNamespace(rank=rank, processes=2, batch_size=1, accumulate=1, device="cpu")
+        args.output = tmp_path / str(rank)
+        args.output.mkdir()
+        save_log(args, numbers)
+        assert numbers.losses == {} and (args.output / "log.csv").exists() == (rank == 0)
+
+
+def test_a_path_may_be_spelled_otherwise():
+    """With a slash at the end, as shells complete it."""
+    flags = ["--data", "photos/", "./a//*.tar=3", "--model", "runs/../m/", "--texts", "./t.jsonl"]
+    args = options(*flags)
+    assert (args.data, args.model, args.texts) == (["photos", "a/*.tar=3"], "m", "t.jsonl")
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, ".")
+import checkpoint, cli, pictures, uip2p
+folder, model = Path(sys.argv[1]), uip2p.EditModel.from_pretrained("tests/golden/model")
+
+def tokenizer():
+    with checkpoint.new_files(folder) as new:
+        model.tokenizer.save_pretrained(new)
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)                 # so that a write fails instead
+for limit, write in (
+        (50_000, lambda: checkpoint.save_run(folder, {}, {"unet": model.unet}, {})),
+        (50_000, lambda: model.save_pretrained(folder)),      # a SafetensorError
+        (1000, tokenizer),                                    # of tokenizers, a bare Exception
+        (100, lambda: pictures.save_png(model.alphas_cumprod.expand(3, 9, 1000), folder / "a.png")),
+        (100, lambda: cli.replace_file(folder / "a.txt", lambda file: file.write_text("a" * 200)))):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    try:
+        write()
+    except (OSError, ValueError) as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    print(message, list(folder.iterdir()))
+"""
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    """... which names the file and the cause; nothing is left.  A limit of a file's size stands for a disk's."""
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 5, done
+    for name, line in zip(("/state.pt", "", "", "/a.png", "/a.txt"), lines):
+        assert line.startswith(f"{tmp_path}{name} cannot be written: ") and "File too large" in line, line
+        assert line.endswith(" []")
 
 
 def test_every_seed_that_is_accepted_works(tmp_path, gradients):

@@ -131,6 +131,16 @@ def test_the_picture_of_the_steps(tmp_path):
         assert sheet.width > 5 * 128 and sheet.height > 3 * 128
 
 
+def test_edits_that_are_no_numbers_are_an_error_which_names_the_model(monkeypatch, capsys):
+    def edit(self, images, *_, **__):
+        return images.index_fill(0, torch.tensor(1), torch.nan)
+    monkeypatch.setattr(EditModel, "edit", edit)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--scenes", "2"])
+    assert stop.value.code == 2
+    assert "models/toy, at 1.5, 1.2, 10: the L1 of 1 of 2 edits is no number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--scales", "3"], ["--scales", "nan:1"], ["--steps", "0"], ["--scenes", "0"],
                                    ["--models", "no-such-model"], ["--models", f"{TOY}/text2image"],
                                    ["--picture", "no-such-folder/a.png"]])
