@@ -340,7 +340,7 @@ def test_checkpointing_is_for_real_data_and_trains_the_same(clip):
     gradients = []
     for flags, on in ((["--data", "photos", *TOY_MODEL, "--sharp", "0"], True), (["--sharp", "0"], False)):
         args, model = options(*flags), EditModel.from_pretrained(TOY / "baseline")
-        args.t_min, args.weights = 400, losses.WEIGHTS
+        args.t_min, args.weights, args.snr_weight = 400, losses.WEIGHTS, 5
         train.prepare(model, clip, args)
         assert model.unet.checkpointing == model.vae.checkpointing == on
         out = train.compute_losses(model, clip, toy_batch(3), args, torch.Generator().manual_seed(0))
