@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from cli import peak_memory, replace_file, sweep, unfinished
-from data import parse_json
+from cli import about, peak_memory, replace_file, sweep, unfinished
+from data import read_json
 from pictures import curves, save_png
 from unet import SD15, UNet, inflate_conv_in
 from vae import SD15_VAE, VAE
@@ -36,15 +36,6 @@ MODEL_INDEX = {
     "text_encoder": ["transformers", "CLIPTextModel"], "scheduler": ["diffusers", "DDIMScheduler"],
     "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None],
     "feature_extractor": [None, None], "image_encoder": [None, None]}
-
-
-@contextmanager
-def about(what):
-    """Any error inside becomes a ValueError of one line, which begins with what it is about."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{what}: {' '.join(str(error).split())[:300]}") from None
 
 
 # ---- what is supported ------------------------------------------------------------------------
@@ -155,16 +146,12 @@ def weight_files(folder, stem):
     raise ValueError(f"{folder}/{stem}.safetensors is missing.  Pickles (.bin, .ckpt, .pt) are not "
                      "read, because they may run code: docs/data.md says how to convert them once")
 
-def read_json(path):
-    """The JSON object in a file, as a dict."""
-    with about(path):
-        refuse_pointer(path)
-        return parse_json(path.read_bytes())
-
 def read_config(path, others=None, **rules):
     """The JSON object in a file of a model, as a dict whose values RULES and `rules` allow."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: {path.parent} is no complete model")
+    with about(path):
+        refuse_pointer(path)
     config = read_json(path)
     check(path, config, RULES | rules, others)
     return config
@@ -183,6 +170,8 @@ def read_weights(folder, stem):
     return state
 
 def refuse_pointer(file):
+    if not file.is_file():                        # of a pipe, the end would never come
+        raise ValueError("it is no file")
     with file.open("rb") as stream:
         if stream.read(23) == b"version https://git-lfs":
             raise ValueError("it is only a pointer of git-lfs: run `git lfs pull` in its folder")

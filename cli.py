@@ -22,6 +22,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, `COMMAND: error: ...`, with exit status 2."""
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        for flag, text in zip(argv, argv[1:]):
+            if not text:                       # as a path, it would be the folder that one is in
+                self.error(f"what follows {flag} is empty")
+        return super().parse_args(argv)
+
     def error(self, message):
         self.end(2, f"error: {message}")
 
@@ -46,6 +53,14 @@ def errors(parser, args, advice="choose a smaller --batch-size"):
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.end(130, "stopped by Ctrl-C")
+
+@contextmanager
+def about(what):
+    """Any error inside becomes a ValueError of one line, which begins with what it is about."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:300]}") from None
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -98,7 +113,8 @@ def claimed(folder, *inside):
         yield                                         # the first process claims it for all
         return
     new = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    with about(f"--output {folder}: choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         for place in (folder, *(folder / name for name in inside)):
             if place.exists():
@@ -144,8 +160,9 @@ def number(kind, low, high=math.inf):
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
     return parse
 
-positive_int, seed_int = number(int, 1), number(int, 0, 2 ** 63 - 1)
-non_negative_float = number(float, 0)
+positive_int, non_negative_int = number(int, 1, 10 ** 9), number(int, 0, 10 ** 9)
+seed_int = number(int, 0, 2 ** 63 - 1)
+non_negative_float = number(float, 0, 1000)
 normal_path = os.path.normpath      # "photos/" is "photos" when a run goes on; ids of the hub stay
 
 def named_float(text):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import toy
+from cli import about
 from pictures import load_image
 
 NAMES = {"key": ("key",), "image": ("I_input", "file_name", "image"),
@@ -58,6 +59,13 @@ def parse_json(text):
     if not isinstance(row, dict):
         raise ValueError("no JSON object")
     return row
+
+def read_json(path):
+    """The JSON object in a file, as a dict.  ValueError, in one line, which names the file."""
+    if not path.is_file():                     # of a pipe, the end would never come
+        raise ValueError(f"{path} is missing")
+    with about(path):
+        return parse_json(path.read_bytes())
 
 def fields(row):
     """The texts of a JSON object that have one of NAMES; if there are several, the last."""
@@ -98,6 +106,8 @@ def read_entries(entries, read):
 
 def text_lines(path):
     """(its name, its bytes) of each line that is not blank, without a byte order mark."""
+    if not Path(path).is_file():               # of a pipe, the end would never come
+        raise ValueError(f"{path}: there is no such file")
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             if len(line) == LONGEST_LINE:

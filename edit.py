@@ -55,8 +55,7 @@ def parser():
 def check_files(args):
     """Finds what is wrong before any work: [(input, output), ...]; [] for the demo."""
     if not (args.input or args.output or args.edit or args.reverse):
-        DEMO.parent.mkdir(exist_ok=True)
-        check_writable(DEMO.parent)
+        check_writable(DEMO.parent if DEMO.parent.exists() else Path())
         return []
     for flag in ("input", "edit", "output"):
         if not getattr(args, flag):
@@ -70,7 +69,7 @@ def check_files(args):
     if source.is_dir():
         inputs = find_images(source)
         outputs = [target / f"{f.stem}.png" for f in inputs]
-        if target.is_file():
+        if target.is_file() or target.suffix.lower() == ".png":
             raise ValueError(f"--output {target} is a file, but --input is a folder")
     else:
         inputs, outputs = [source], [target]
@@ -187,6 +186,7 @@ def demo(model, args, settings):
     true = toy.render([sample.edited for sample in samples])
     forward = [sample.instruction for sample in samples]
     back = [sample.reverse_instruction for sample in samples]
+    DEMO.parent.mkdir(exist_ok=True)
     save_png(draw_cycle(model, images, forward, back, args, true), DEMO, settings)
     print(f"{DEMO}: {len(samples)} scenes that training never saw, edited and edited back")
 

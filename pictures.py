@@ -22,6 +22,9 @@ MAX_PIXELS = 64_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2       # pillow refuses what has more than twice its maximum
 warnings.filterwarnings("ignore", module="PIL")        # of what viewers show without a word
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26        # bytes; some programs keep whole workflows there
+Image.init()
+Image.ID.remove("EPS")                         # another program, Ghostscript, would draw it
+del Image.OPEN["EPS"]
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}     # EXIF's orientation -> Image.Transpose
 ORIENTATION, SRGB = 0x0112, ImageCms.createProfile("sRGB")
 

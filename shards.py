@@ -15,7 +15,7 @@ from pathlib import Path
 
 import toy
 from cli import named_float
-from data import Folder, Source, ToyWorld, parse_json, read_edits, read_lines
+from data import Folder, Source, ToyWorld, parse_json, read_edits, read_json, read_lines
 from pictures import load_image
 
 LARGEST = 2 ** 26                              # bytes that are read of a member of a shard
@@ -109,7 +109,7 @@ class InstructPix2Pix(Source):
         super().__init__(items, resolution, seed, pairs)
 
     def open(self, rng, path, seeds, more):
-        edits = read_edits(parse_json((path / "prompt.json").read_bytes()), more, self.needed)
+        edits = read_edits(read_json(path / "prompt.json"), more, self.needed)
         if not seeds:
             raise ValueError("seeds.json names no pair of it")
         seed = rng.choice(seeds)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from checkpoint import load_run, save_log, save_run
 from cli import (DTYPES, Parser, autocast, claimed, default_device, default_precision, device,
-                 errors, mean_of_processes, named_float, non_negative_float, number, normal_path,
-                 positive_int, seed_int, start_processes)
+                 errors, mean_of_processes, named_float, non_negative_float, non_negative_int,
+                 normal_path, number, positive_int, seed_int, start_processes)
 from data import batches
 from edit import draw_cycle
 from losses import WEIGHTS, ClipScorer, content_words, cycle_losses
@@ -66,13 +66,13 @@ def parse(argv):
     add("--model", "directory or hub id of the start")
     add("--clip", "directory or hub id of the CLIP that judges")
     add("--weights", "of the losses, as attn=0", nargs="+", type=named_float)
-    add("--warmup", "first steps, of denoising alone: for text-to-image", 0, type=number(int, 0))
+    add("--warmup", "first steps, of denoising alone: for text-to-image", 0, type=non_negative_int)
     add("--sharp", "steps of a sampled edit; 0: the one-step estimate", type=number(int, 0, 999))
     add("--train", "the whole UNet or a part", "all", choices=("all", "cross-attention"))
     add("--steps", "of the optimizer", type=positive_int)
     add("--batch-size", "images in a forward pass", type=positive_int)
     add("--accumulate", "forward passes in a step", 1, type=positive_int)
-    add("--resolution", "images are cropped to this square", type=positive_int)
+    add("--resolution", "images are cropped to this square", type=number(int, 16, 2048))
     add("--lr", "learning rate of AdamW", type=non_negative_float)
     add("--device", "cpu, cuda, mps", default_device(), type=device)
     add("--precision", "if not given: CPU fp32, GPU bf16 or, without it, fp16", choices=DTYPES)

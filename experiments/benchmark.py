@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import train
-from checkpoint import new_files, read_json
+from checkpoint import new_files
 from cli import (DTYPES, Parser, autocast, claimed, default_device, device, errors, peak_memory, positive_int,
                  replace_file)
-from data import Batch
+from data import Batch, read_json
 from losses import ClipScorer
 from uip2p import TIMESTEPS, EditModel
 from unet import SD15, UNet
@@ -418,10 +418,10 @@ def main(argv=None):
     for name in ("device", "precision", "budget", "output"):
         if args.save and getattr(args, name) != p.get_default(name):
             p.error(f"--{name} has no effect with --save")
-    if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
-        p.error(f"--output {args.output} is no file in a folder that exists")
     args.precision = args.precision or ("fp16" if args.device.startswith("cuda") else "fp32")
     with errors(p, args):
+        if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
+            raise ValueError(f"--output {args.output} is no file in a folder that exists")
         if args.save:
             with claimed(args.save):
                 save(args.size, args.save)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import toy
 import train
-from checkpoint import about, read_json
-from cli import Parser, claimed, default_device, device, errors, positive_int, replace_file, seed_int, sweep
+from cli import Parser, about, claimed, default_device, device, errors, number, replace_file, seed_int, sweep
+from data import read_json
 from edit import load_editor
 from experiments.truth import finite, judge, judge_attention
 from losses import ClipScorer
@@ -33,6 +33,7 @@ from pictures import grid, save_png
 from prepare import pretrain
 from uip2p import EditModel
 
+JUDGE = Path("judge/judge")                    # the CLIP that judges, in the folder of all
 STEPS, SCENES = 15, 150                        # denoising steps and test scenes of a score
 SHOWN = 6                                      # edits in the picture
 STRONG = {"text_guidance": 3.0, "image_guidance": 1.5}    # the toy's models recommend 1.5 and 1.2
@@ -287,7 +288,7 @@ def train_all(folders, args):
 
         def begin(names, seed):
             for name in names:
-                job = pool.submit(fulfil, name, folders[seed], seed, args.output / "judge", args.device)
+                job = pool.submit(fulfil, name, folders[seed], seed, args.output / JUDGE, args.device)
                 jobs[job] = name, seed
 
         for seed in folders:
@@ -307,14 +308,10 @@ def train_all(folders, args):
 def study(args):
     print(f"{len(args.seeds)} seeds of {len(RUNS)} trainings, {args.jobs} side by side on {args.device}, "
           f"below {args.output}")
-    if not (args.output / "judge/model.safetensors").is_file():
-        pretrain.main(["--parts", "judge", "--seed", "1", "--precision", "bf16", "--output", str(args.output)])
-    with claimed(args.output):
-        compare(args)
-
-
-def compare(args):
     sweep(args.output)
+    if not (args.output / JUDGE / "model.safetensors").is_file():
+        pretrain.main(["--parts", "judge", "--seed", "1", "--precision", "bf16",
+                       "--output", str(args.output / JUDGE.parent)])
     folders = {seed: args.output / f"seed-{seed}" for seed in args.seeds}
     train_all(folders, args)
 
@@ -324,7 +321,7 @@ def compare(args):
         with about(f"a scores.json of {run} is damaged; remove it, and it is made again"):
             rows = [read_json(file)["scores"] for file in files]
             scores[run] = {name: [row[name] for row in rows] for name in rows[0]}
-    lines = report(scores, references(ClipScorer.from_pretrained(args.output / "judge")))
+    lines = report(scores, references(ClipScorer.from_pretrained(args.output / JUDGE)))
     content = json.dumps({"seeds": args.seeds, "scores": scores}, indent=1)
     for suffix, text in (("md", "\n".join(lines)), ("json", content)):
         replace_file(args.output / f"claims.{suffix}", lambda temporary: temporary.write_text(text + "\n"))
@@ -335,13 +332,13 @@ def compare(args):
 def main(argv=None):
     p = Parser("experiments.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=seed_int, nargs="+", default=list(range(5)), help="of the trainings (0 1 2 3 4)")
-    p.add_argument("--jobs", type=positive_int, default=2, help="trainings side by side (%(default)s)")
+    p.add_argument("--jobs", type=number(int, 1, 64), default=2, help="trainings side by side (%(default)s)")
     p.add_argument("--output", type=Path, default=Path("runs/claims"), help="(%(default)s)")
     p.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
     args = p.parse_args(argv)
     if not len(set(args.seeds)) == len(args.seeds) <= len(T) + 1:
         p.error(f"--seeds: up to {len(T) + 1} different ones")
-    with errors(p, args):
+    with errors(p, args), claimed(args.output):
         try:
             study(args)
         except BrokenProcessPool as error:

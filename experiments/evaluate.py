@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 import toy
-from checkpoint import about
-from cli import Parser, errors, non_negative_float, positive_int, seed_int
+from cli import Parser, about, errors, non_negative_float, number, seed_int
 from edit import load_editor
 from experiments.truth import judge, judge_attention
 from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, rms
@@ -66,8 +65,8 @@ class Table:
 
 
 def evaluate(args):
-    if args.picture and not args.picture.parent.is_dir():
-        raise ValueError(f"--picture {args.picture}: there is no such folder")
+    if args.picture and (args.picture.suffix.lower() != ".png" or not args.picture.parent.is_dir()):
+        raise ValueError(f"--picture {args.picture}: give the name of a .png file in a folder that is there")
     clip = ClipScorer.from_pretrained(args.clip)
     models = {path: load_editor(path) for path in args.models}
     edits = [toy.edit(args.split, i) for i in range(args.scenes)]
@@ -113,8 +112,9 @@ def main(argv=None):
     p.add_argument("--models", nargs="+", default=[str(TOY)], help="directories of toy models")
     p.add_argument("--clip", default=str(TOY / "clip"), help="the CLIP of done, CLIP-T and direction")
     p.add_argument("--split", choices=("validation", "test"), default="test", help="of the toy world (%(default)s)")
-    p.add_argument("--scenes", type=positive_int, default=500, help="how many of its scenes (%(default)s)")
-    p.add_argument("--steps", type=positive_int, nargs="+", default=[10], help="denoising steps, one or several (10)")
+    p.add_argument("--scenes", type=number(int, 1, 100_000), default=500, help="how many of its scenes (%(default)s)")
+    p.add_argument("--steps", type=number(int, 1, 999), nargs="+", default=[10],
+                   help="denoising steps, one or several (10)")
     p.add_argument("--scales", nargs="+", type=scales, default=[(1.5, 1.2)], metavar="TEXT:IMAGE",
                    help="guidance scales, one pair or several (1.5:1.2)")
     p.add_argument("--seed", type=seed_int, default=0, help="of the noise that the edits start from (%(default)s)")

@@ -34,10 +34,10 @@ from tqdm import tqdm
 from transformers import ViTModel
 
 import edit
-from checkpoint import about, find, load_transformer
-from cli import (DTYPES, Parser, claimed, default_device, device, errors, non_negative_float, normal_path, number,
-                 positive_int, replace_file, seed_int, sweep)
-from data import TEXTS, parse_json, read_edits
+from checkpoint import find, load_transformer
+from cli import (DTYPES, Parser, about, claimed, default_device, device, errors, non_negative_float, normal_path,
+                 number, positive_int, replace_file, seed_int, sweep)
+from data import TEXTS, read_edits, read_json
 from losses import ClipScorer
 from pictures import FONT, GREY, TEXT, from_pil, grid, load_image, save_png, to_pil
 from prepare.pairs import keep_settings
@@ -176,10 +176,8 @@ def read_test_split(path, limit, seed):
         for file in (listing, image):
             if not file.is_file():
                 raise ValueError(f"{file} is missing, but seeds.json names its directory: is all unpacked?")
-        try:
-            texts, = read_edits(parse_json(listing.read_bytes()), [{}], TEXTS[:3])
-        except ValueError as error:
-            raise ValueError(f"{listing}: {error}") from None
+        with about(folder):
+            texts, = read_edits(read_json(listing), [{}], TEXTS[:3])
         captions = texts["caption"], texts["edited_caption"]
         samples.append(Sample(f"{name}.png", image, texts["instruction"], captions))
     return samples, source.named

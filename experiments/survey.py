@@ -20,9 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from checkpoint import about
-from cli import Parser, errors, positive_int, replace_file, seed_int
-from data import parse_json
+from cli import Parser, about, errors, positive_int, replace_file, seed_int
+from data import read_json
 from experiments.published import read_magicbrush
 from pictures import LARGEST, load_image, to_pil
 
@@ -106,18 +105,9 @@ def wilson(chosen, shown, z=1.96):
     return (middle - half) / (1 + z * z / shown), (middle + half) / (1 + z * z / shown)
 
 
-def read(path):
-    try:
-        return parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
 def read_key(path):
     """The key of a survey.  ValueError if it is none, or damaged."""
-    key = read(path)
+    key = read_json(path)
     with about(f"--key {path} is no key of a survey, or damaged"):
         options = [set(item["options"].values()) for item in key["items"]]
         methods = options[0]
@@ -144,7 +134,7 @@ def count(key, files):
     """{question: Counter of how often each method was chosen} from a key and files of answers."""
     chosen, people = {question: Counter() for question in QUESTIONS}, set()
     for file in files:
-        answers = read(file)
+        answers = read_json(file)
         if answers.get("survey") != key["survey"]:
             raise ValueError(f"{file} answers another survey than the key's, {key['survey']}")
         if str(answers.get("person")) in people:

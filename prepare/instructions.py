@@ -28,10 +28,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint import about
-from cli import (Parser, default_device, device, errors, locked, non_negative_float, normal_path, positive_int,
+from cli import (Parser, about, default_device, device, errors, locked, non_negative_float, normal_path, positive_int,
                  replace_file, seed_int, sweep)
-from data import NAMES, TEXTS, parse_json, read_edits, read_entries, text_lines
+from data import NAMES, TEXTS, parse_json, read_edits, read_entries, read_json, text_lines
 from shards import InstructPix2Pix, expand, read_headers, read_member
 
 PROMPT = Path(__file__).resolve().parent / "instructions_prompt.txt"
@@ -87,7 +86,7 @@ def read_line(line):
 
 def read_folder(folder):
     """The key and the texts of a directory of InstructPix2Pix."""
-    return parse_json((folder / "prompt.json").read_bytes()) | {"key": folder.name}
+    return read_json(folder / "prompt.json") | {"key": folder.name}
 
 
 def fail(problem):
@@ -257,7 +256,7 @@ def generate(model, tokenizer, prompts, temperature):
     else:
         inputs = tokenizer(prompts, padding=True, return_tensors="pt")
     sampling = {"do_sample": False}
-    if temperature > 0:
+    if temperature > 0.001:                   # below it, numbers of the sampling overflow
         sampling = {"do_sample": True, "temperature": temperature}
     output = model.generate(**inputs.to(model.device), **sampling, max_new_tokens=NEW_TOKENS, stop_strings=["}"],
                             tokenizer=tokenizer)

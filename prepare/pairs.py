@@ -27,10 +27,9 @@ from tqdm import tqdm
 
 import toy
 from attention import Attention
-from checkpoint import about
-from cli import (Parser, claimed, default_device, device, errors, non_negative_float, number, normal_path,
+from cli import (Parser, about, claimed, default_device, device, errors, non_negative_float, number, normal_path,
                  positive_int, replace_file, seed_int, sweep)
-from data import TEXTS, parse_json, read_edits, read_lines
+from data import TEXTS, parse_json, read_edits, read_json, read_lines
 from experiments.truth import edit_mask
 from losses import ClipScorer
 from pictures import load_image, to_pil
@@ -173,8 +172,8 @@ def keep_settings(folder, settings, results):
     `results` in the folder, a glob pattern, that were made with other settings; then nothing is touched."""
     file, text = folder / "settings.json", json.dumps(settings, indent=1)
     if any(folder.glob(results)):
-        with about(f"{file}: choose another --output, or remove {folder}"):
-            old = parse_json(file.read_bytes())
+        with about(f"{folder} has results; choose another --output, or remove it"):
+            old = read_json(file)
         changed = [name for name in settings if old.get(name) != json.loads(text)[name]]
         if changed:
             raise ValueError(f"{folder} holds results with another {', '.join(changed)}: choose another --output, or "
@@ -202,9 +201,8 @@ def prompt(edit):
 
 def read_prompt(folder):
     """The edit of a directory.  InstructPix2Pix calls the caption "input" in some of its data, "caption" in others."""
-    file = folder / "prompt.json"
-    with about(file):
-        edit, = read_edits(parse_json(file.read_bytes()), [{}], TEXTS[:3])
+    with about(folder):
+        edit, = read_edits(read_json(folder / "prompt.json"), [{}], TEXTS[:3])
     return edit
 
 
@@ -402,12 +400,12 @@ def parse(argv):
     add("--model", "text-to-image: directory or hub id")
     add("--clip", "directory or hub id of the CLIP that filters")
     add("--samples", "pairs that are made of each edit", type=positive_int)
-    add("--steps", "denoising steps", type=positive_int)
+    add("--steps", "denoising steps", type=number(int, 1, 999))
     add("--cfg-text", "guidance scale of the text, drawn between two numbers for each pair, 1 or more",
         type=number(float, 1), nargs=2, metavar=("LEAST", "MOST"))
     add("--thresholds", "least CLIP similarities: of both images, of the direction, of each image and its caption",
         type=non_negative_float, nargs=4, metavar=("IMAGE", "DIRECTION", "CAPTION", "EDITED"))
-    add("--resolution", "of the images", type=positive_int)
+    add("--resolution", "of the images", type=number(int, 16, 2048))
     add("--batch-size", "pairs at once", type=positive_int)
     p.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")
     p.add_argument("--seed", type=seed_int, default=0, help="of the sampling (%(default)s)")

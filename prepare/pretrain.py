@@ -24,8 +24,8 @@ from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import toy
-from checkpoint import about, save_network, write_json
-from cli import Parser, claimed, errors, number, positive_int, sweep, unfinished
+from checkpoint import save_network, write_json
+from cli import Parser, about, claimed, errors, number, positive_int, sweep, unfinished
 from losses import ClipScorer
 from train import SETTINGS, noise_error, update_average
 from uip2p import TIMESTEPS, EditModel
@@ -312,6 +312,10 @@ def main(argv=None):
     p.add_argument("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything (%(default)s)")
     args = p.parse_args(argv)
     args.parts = set(args.parts)
+    for part, name in (("clip", "clip_steps"), ("vae", "vae_steps"), ("text2image", "text2image_steps")):
+        asked = part in args.parts or part == "clip" and "judge" in args.parts
+        if not asked and getattr(args, name) != p.get_default(name):
+            p.error(f"--{name.replace('_', '-')} has no effect without --parts {part}")
     if "text2image" in args.parts:
         for part in ("clip", "vae"):
             if part not in args.parts and not list((args.output / part).glob("*.safetensors")):

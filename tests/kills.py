@@ -5,8 +5,8 @@
 
 A run is killed (SIGKILL) after a random time, or at a random one of its changes of files: when it opens a file to
 write, renames, makes or removes one.  So half of the kills are inside of a save.  After each, the same command is given
-again.  In the end, every file must have the bytes of a run that was never killed (of state.pt: its content), and no other file
-may be there.  The status is 0 if all is so.  Not for pytest: it takes too long.
+again.  In the end, every file must have the bytes of a run that was never killed (of state.pt: its content), and no
+other file may be there.  The status is 0 if all is so.  Not for pytest: it takes too long.
 """
 import argparse
 import contextlib

@@ -242,6 +242,14 @@ def test_heic_is_told_to_be_saved_as_jpeg(tmp_path, capsys):
         assert "JPEG" in error and "damaged" not in error
 
 
+def test_no_picture_starts_another_program(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "ghostscript.eps")
+    shutil.copy(tmp_path / "ghostscript.eps", tmp_path / "photo.jpg")
+    for name in ("ghostscript.eps", "photo.jpg"):
+        with pytest.raises(ValueError, match="is not an image"):
+            load_image(tmp_path / name)
+
+
 def test_reverse_draws_the_cycle_and_does_not_change_the_edit(tmp_path):
     source = picture(tmp_path / "in.png")
     turns = *WORDS, "--edit", "add a dog"

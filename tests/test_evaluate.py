@@ -524,7 +524,7 @@ def test_bad_trees_are_refused(tmp_path, capsys):
         assert words in refuse(capsys, "curve", path, *judge)
     (path / "0000019/prompt.json").write_text("{}")
     (path / "seeds.json").write_text(json.dumps(rows))
-    assert "prompt.json: no text for caption" in refuse(capsys, "curve", path, *judge)
+    assert "0000019: no text for caption" in refuse(capsys, "curve", path, *judge)
     assert "seeds.json" in refuse(capsys, "curve", tmp_path / "nowhere", *FAST)
     assert not (tmp_path / "out").exists()
 

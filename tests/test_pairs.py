@@ -248,7 +248,7 @@ def test_guidance_is_drawn_for_each_pair_between_instruct_pix2pixs_7_5_and_15(mo
 
 
 def test_settings_bind_only_when_there_are_pairs(tmp_path, capsys):
-    assert "steps must be" in refused(capsys, tmp_path / "pairs", "--steps", "1000")
+    assert "from 1 to 999" in refused(capsys, tmp_path / "pairs", "--steps", "1000")
     assert not (tmp_path / "pairs").exists()
     keep_settings(tmp_path / "pairs", {"steps": 1000}, "*/prompt.json")          # of a run that failed
     assert make(tmp_path / "pairs")["seeds.json"]
