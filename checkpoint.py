@@ -1,4 +1,4 @@
-"""Files of models and of runs: finds, checks, loads and saves them.
+"""Finds, checks, loads and saves the files of models and of runs.
 
 A model is a directory or an id of the hub, with SD 1.5's unet/, vae/, text_encoder/, tokenizer/ and
 scheduler/.  Only safetensors are read.  Errors are a ValueError of one line that names the file.
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from cli import about, peak_memory, replace_file, sweep, unfinished
+from cli import about, check_readable, peak_memory, replace_file, sweep, unfinished
 from data import read_json
 from pictures import curves, save_png
 from unet import SD15, UNet, inflate_conv_in
@@ -27,7 +27,8 @@ from vae import SD15_VAE, VAE
 
 NETWORK = "diffusion_pytorch_model"       # the name of the weights of a UNet or VAE
 WEIGHTS = f"unet/{NETWORK}", f"vae/{NETWORK}", "text_encoder/model"
-# The files of weights, first in full: one, or shards, which two versions of diffusers name.
+# How files of weights are named, in full and in fp16: one file, or shards.  In fp16, the names of
+# shards depend on the version of diffusers.
 VARIANTS = (("{}.safetensors", "{}-*-of-?????.safetensors"),
             ("{}.fp16.safetensors", "{}-*-of-*.fp16.safetensors", "{}.fp16-*-of-*.safetensors"))
 MODEL_INDEX = {
@@ -40,8 +41,8 @@ MODEL_INDEX = {
 
 # ---- what is supported ------------------------------------------------------------------------
 
-# The rule of each key of a config file: whole numbers (a range), numbers (Real), some values (a
-# tuple; null, false and 0 all mean "without"), a list of what has a rule ([rule]), or anything.
+# What each key of a config file may be: a whole number in a range, a number in a Real, a value in a
+# tuple (null, false and 0 all mean "without"), a list of what [rule] allows, or with None anything.
 Real = namedtuple("Real", "low high")
 SIZE, COUNT, WITHOUT = range(1, 65537), range(1, 65), (None,)
 RULES = {
@@ -81,7 +82,7 @@ def allows(rule, value):
     return rule is None or (value or None) in rule
 
 def check(file, config, rules, others=None):
-    """ValueError, which names the file and the key, for a value that its rule does not allow;
+    """ValueError, which names the file and the key, for a value that its rule does not allow.
     others: the rule of all keys that have none, except those that begin with _."""
     for key, value in config.items():
         rule = rules.get(key, None if key.startswith("_") else others)
@@ -148,10 +149,6 @@ def weight_files(folder, stem):
 
 def read_config(path, others=None, **rules):
     """The JSON object in a file of a model, as a dict whose values RULES and `rules` allow."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: {path.parent} is no complete model")
-    with about(path):
-        refuse_pointer(path)
     config = read_json(path)
     check(path, config, RULES | rules, others)
     return config
@@ -160,21 +157,14 @@ def read_weights(folder, stem):
     """The state dict of a part, of floats."""
     state = {}
     for file in weight_files(folder, stem):
+        check_readable(file)
         with about(f"{file} cannot be read"):
-            refuse_pointer(file)
             state |= load_file(file)
     for name, weight in state.items():
         is_float = weight.is_floating_point() or name.endswith("position_ids")    # 0, 1, 2, ..., 76
         if not is_float:
             raise ValueError(f"{folder}: {name} is quantised, {weight.dtype}, not of floats")
     return state
-
-def refuse_pointer(file):
-    if not file.is_file():                        # of a pipe, the end would never come
-        raise ValueError("it is no file")
-    with file.open("rb") as stream:
-        if stream.read(23) == b"version https://git-lfs":
-            raise ValueError("it is only a pointer of git-lfs: run `git lfs pull` in its folder")
 
 
 # ---- load -------------------------------------------------------------------------------------
@@ -223,7 +213,7 @@ def modern_names(config, state):
     return config, state
 
 def load_transformer(network, folder, dtype=torch.float32, **options):
-    """A network of transformers and the weights of its folder: none is missing, no layer left."""
+    """A network of transformers with the weights of its folder: none is missing, no layer left."""
     config, state = read_config(folder / "config.json"), read_weights(folder, "model")
     with about(f"{folder}: weights and config.json make no whole {network.__name__}"):
         config = network.config_class.from_dict(config)
@@ -241,8 +231,8 @@ def load_transformer(network, folder, dtype=torch.float32, **options):
 def load_tokenizer(folder, encoder):
     """The tokenizer of a text encoder with the config `encoder`, to which its tokens must fit."""
     with about(f"{folder}: the tokenizer is missing, damaged, or not the text encoder's"):
-        for file in folder.glob("*.*"):
-            refuse_pointer(file)
+        for file in folder.glob("[!.]*.*"):          # no hidden folder
+            check_readable(file)
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         ids = tokenizer.get_vocab()               # three without files: transformers makes them up
         longest = min(tokenizer.model_max_length, encoder.max_position_embeddings)
@@ -348,7 +338,8 @@ def load_run(folder, settings, parts):
     """Gives the parts what `save_run` wrote -> the numbers; {} for a new run.  ValueError if the
     file is damaged, or the run was begun with other settings.  Then nothing is touched; otherwise
     what a killed run left unfinished goes."""
-    file, state = folder / "state.pt", {"run": {}}
+    file = folder / "state.pt"
+    state = {"run": {}}                           # of a new run
     if file.exists():
         with about(f"{file} is damaged, or not of this program; remove it to start again"):
             with zipfile.ZipFile(file) as archive:

@@ -3,6 +3,7 @@ import argparse
 import fcntl
 import math
 import os
+import re
 import resource
 import secrets
 import shutil
@@ -24,8 +25,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, `COMMAND: error: ...`, with exit status 2."""
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else argv
-        for flag, text in zip(argv, argv[1:]):
-            if not text:                       # as a path, it would be the folder that one is in
+        for flag, text in zip(argv, [*argv[1:], "none"]):
+            # As a path, it would be the folder that one is in.
+            if not text or re.fullmatch("--[a-z-]+=", flag):
                 self.error(f"what follows {flag} is empty")
         return super().parse_args(argv)
 
@@ -39,16 +41,18 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def errors(parser, args, advice="choose a smaller --batch-size"):
+def errors(parser, advice="choose a smaller --batch-size"):
     """What is wrong with files or values ends the command in one line, and so does Ctrl-C.
-    advice: if memory ends."""
+    advice: what to do if the memory is too small."""
     logging.set_verbosity_error()                     # the commands say themselves what they load
     logging.disable_progress_bar()
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
     try:
         yield
-    except torch.OutOfMemoryError:
-        parser.error(f"the memory of {args.device} is too small; {advice}")
+    except (RuntimeError, MemoryError) as error:      # torch and numpy say it in many ways
+        if "out of memory" not in str(error) and "allocate" not in str(error):
+            raise
+        parser.error(f"the memory is too small; {advice}")
     except (ValueError, OSError, SafetensorError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -65,9 +69,17 @@ def about(what):
 
 # ---- files ------------------------------------------------------------------------------------
 
+def check_readable(path):
+    """ValueError, in one line, if a file cannot be read because it is missing or only a pointer."""
+    if not os.path.isfile(path):                      # of a pipe, the end would never come
+        raise ValueError(f"{path} is missing, or not a file")
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise ValueError(f"{path} is only a pointer of git-lfs: run `git lfs pull` beside it")
+
 @contextmanager
 def unfinished(path):
-    """A temporary path beside `path`, of a file or folder to write; what is left of it goes."""
+    """A temporary path beside `path`, for a new file or folder.  Unless it is renamed, it goes."""
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         yield temporary
@@ -101,7 +113,7 @@ def check_writable(folder):
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"--output: cannot write in {folder}: {error.strerror}") from None
+        raise ValueError(f"cannot write in {folder}: {error.strerror}") from None
 
 @contextmanager
 def claimed(folder, *inside):
@@ -141,7 +153,8 @@ def locked(path):
         LOCKS.remove(descriptor)
         os.close(descriptor)
 
-LOCKS = set()     # descriptors.  Forked workers close them, as they outlive a killed process a bit.
+# Descriptors.  Forked workers close them: they may outlive a killed process, and keep its locks.
+LOCKS = set()
 os.register_at_fork(after_in_child=lambda: [os.close(lock) for lock in LOCKS])
 
 
@@ -160,10 +173,15 @@ def number(kind, low, high=math.inf):
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
     return parse
 
-positive_int, non_negative_int = number(int, 1, 10 ** 9), number(int, 0, 10 ** 9)
+positive_int = number(int, 1, 10 ** 9)
 seed_int = number(int, 0, 2 ** 63 - 1)
 non_negative_float = number(float, 0, 1000)
-normal_path = os.path.normpath      # "photos/" is "photos" when a run goes on; ids of the hub stay
+
+def normal_path(text):
+    """The type of a path, which has one spelling when a run goes on: "photos/" is "photos".
+    "./toy" stays, as "toy" is the toy world, and so does "./a/b", as "a/b" may be on the hub."""
+    start = "./" if text.startswith("./") else ""
+    return start + os.path.normpath(text)
 
 def named_float(text):
     """The type of NAME=VALUE, a pair of a name and a float of at least 0."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import toy
-from cli import about
+from cli import about, check_readable
 from pictures import load_image
 
 NAMES = {"key": ("key",), "image": ("I_input", "file_name", "image"),
@@ -62,8 +62,7 @@ def parse_json(text):
 
 def read_json(path):
     """The JSON object in a file, as a dict.  ValueError, in one line, which names the file."""
-    if not path.is_file():                     # of a pipe, the end would never come
-        raise ValueError(f"{path} is missing")
+    check_readable(path)
     with about(path):
         return parse_json(path.read_bytes())
 
@@ -106,8 +105,7 @@ def read_entries(entries, read):
 
 def text_lines(path):
     """(its name, its bytes) of each line that is not blank, without a byte order mark."""
-    if not Path(path).is_file():               # of a pipe, the end would never come
-        raise ValueError(f"{path}: there is no such file")
+    check_readable(path)
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             if len(line) == LONGEST_LINE:

@@ -27,7 +27,7 @@ from losses import edit_region
 from pictures import figure3, find_images, from_pil, load_image, save_png, to_pil
 from uip2p import EditModel
 
-TOY = Path(__file__).resolve().parent / "models/toy"
+TOY = str(Path(__file__).resolve().parent / "models/toy")
 DEMO, DEMO_SCENES = Path("outputs/demo.png"), 8
 LONGEST_SIDE = 4096                            # pixels of a side while an image is edited
 
@@ -55,7 +55,9 @@ def parser():
 def check_files(args):
     """Finds what is wrong before any work: [(input, output), ...]; [] for the demo."""
     if not (args.input or args.output or args.edit or args.reverse):
-        check_writable(DEMO.parent if DEMO.parent.exists() else Path())
+        folder = DEMO.parent if DEMO.parent.exists() else Path()
+        check_writable(folder)
+        sweep(folder, {DEMO.name})
         return []
     for flag in ("input", "edit", "output"):
         if not getattr(args, flag):
@@ -101,7 +103,6 @@ def warn_of_cut_texts(model, texts):
         if cut:
             print(f"edit.py: warning: an instruction has more than {longest} tokens; what is cut "
                   f"and not followed: {cut!r}", file=sys.stderr)
-
 
 def load_editor(path_or_id, where="cpu", precision="fp32"):
     """A model that edits.  A text-to-image model is refused: its weights for the image are 0."""
@@ -226,7 +227,7 @@ def edit_files(model, files, args, settings):
 def main(argv=None):
     p = parser()
     args = p.parse_args(argv)
-    with errors(p, args, "choose a smaller --resolution"):
+    with errors(p, "choose a smaller --resolution"):
         files = check_files(args)
         if args.precision is None:
             args.precision = "fp16" if args.device.startswith("cuda") else "fp32"
@@ -244,7 +245,7 @@ def main(argv=None):
         settings["edit"] = "\n".join(args.edit)
         broken = edit_files(model, files, args, settings)
         if broken:
-            p.exit(1, f"edit.py: error: {broken} of {len(files)} images are broken, see above\n")
+            p.end(1, f"error: {broken} of {len(files)} images are broken, see above")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,20 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
-from PIL import (Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
+from PIL import (ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
                  UnidentifiedImageError)
 
-from cli import replace_file
+from cli import check_readable, replace_file
 
 MAX_PIXELS = 64_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2       # pillow refuses what has more than twice its maximum
-warnings.filterwarnings("ignore", module="PIL")        # of what viewers show without a word
+warnings.filterwarnings("ignore", module="PIL")        # about files that viewers show, too
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26        # bytes; some programs keep whole workflows there
 Image.init()
 Image.ID.remove("EPS")                         # another program, Ghostscript, would draw it
 del Image.OPEN["EPS"]
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}     # EXIF's orientation -> Image.Transpose
-ORIENTATION, SRGB = 0x0112, ImageCms.createProfile("sRGB")
+SRGB = ImageCms.createProfile("sRGB")
 
 SMALLEST, LARGEST = 128, 512                   # pixels of the longer side of a grid's cells
 TEXT, GREY, RED, GAP = 13, (110, 110, 110), (200, 60, 30), 8
@@ -41,14 +41,13 @@ def load_image(path, data=None):
     """An image file, or its bytes `data` -> (3, H, W) in [-1, 1], upright, in sRGB, and white where
     it is transparent.  ValueError, in one line, if it is missing, damaged, too large, or no image.
     """
-    path = Path(path)
-    if data is None and not path.is_file():
-        raise ValueError(f"{path}: there is no such image file")
-    stream = path.open("rb") if data is None else io.BytesIO(data)
+    if data is None:
+        check_readable(path)
+    stream = open(path, "rb") if data is None else io.BytesIO(data)
     with stream as file:
         start = file.read(12)
         if not start:
-            raise ValueError(f"{path} is empty: it has 0 bytes")
+            raise ValueError(f"{path} is empty")
         try:
             picture = Image.open(file)
             picture.load()
@@ -66,7 +65,7 @@ def load_image(path, data=None):
 def upright(picture):
     """Turns a picture as its EXIF says.  Nothing else is read of EXIF, which is often damaged."""
     try:
-        orientation = picture.getexif().get(ORIENTATION)
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
     except Exception:                          # viewers, too, show such a picture as it is stored
         orientation = None
     return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
@@ -109,7 +108,6 @@ def save_png(image, path, text=None):
         # A name of a file may have bytes that are no UTF-8.
         chunks.add_text(key, str(value).encode(errors="backslashreplace").decode())
     replace_file(Path(path), lambda file: picture.save(file, "PNG", pnginfo=chunks))
-
 
 def find_images(folder):
     """The images of a folder that pillow reads.  What else it holds is counted and named, but for
@@ -178,8 +176,9 @@ def grid(rows, columns, labels=None):
         draw.text((GAP, top + height + 1), "\n".join(lines), GREY, FONT)
     return sheet
 
-def curves(columns, width=300, height=160, margin=70):
+def curves(columns):
     """{name: [(x, y), ...]} -> a picture with a small plot of each, three in a row."""
+    width, height, margin = 300, 160, 70       # pixels of a plot, and what is left of it
     right, down = width + margin + 24, height + 48
     size = right * min(3, len(columns)), down * math.ceil(len(columns) / 3)
     sheet = Image.new("RGB", size, "white")

@@ -83,8 +83,8 @@ class Mix(Source):
 class InstructPix2Pix(Source):
     """InstructPix2Pix's data as it is on disk.  Each time a directory is drawn, so is one of its
     seeds.  It has no reverse instructions: the cycle uses the directories that `side` names.
-    Directories that are not there are left out, which is said: of those that the published
-    seeds.json names, thousands are in no archive.  named: their number, with what is left out."""
+    Directories that are not there are counted and left out: the published seeds.json names
+    thousands that are in no archive.  named: the number of all that it names."""
     SPLITS = {"train": (0, 0.9), "validation": (0.9, 0.9 + 0.05), "test": (0.9 + 0.05, 1),
               "all": (0, 1)}
 
@@ -130,22 +130,18 @@ def expand(pattern):
         patterns = [pattern.replace(braces[0], number) for number in numbers]
     return [path for p in patterns for path in sorted(glob(p)) or [p]]
 
-def key_and_kind(name):
-    """The name of a member up to the first dot of its last part, and what follows that dot."""
-    key = re.sub(r"\.[^/]*$", "", name)
-    return key, name[len(key) + 1:].lower()
-
-
 def read_headers(shard):
     """The samples of a tar file, {key: {kind: (offset, bytes)}}, and what is wrong with it or "".
-    The files of a sample may stand anywhere.  Of files of one name, the last counts, as for tar.
-    Hidden ones do not: macOS packs ._NAME beside each NAME."""
+    A name is KEY.KIND, KEY without a dot in its last part.  The files of a sample may stand
+    anywhere.  Of files of one name, the last counts, as for tar.  Hidden ones do not: macOS packs
+    ._NAME beside each NAME."""
     samples = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                key, kind = key_and_kind(member.name)
+                key = re.sub(r"\.[^/]*$", "", member.name)
                 if member.isreg() and not Path(member.name).name.startswith("."):
+                    kind = member.name[len(key) + 1:].lower()
                     place = member.offset_data, min(member.size, LARGEST)
                     samples.setdefault(key, {})[kind] = place
             tar.fileobj.seek(tar.offset)
@@ -177,10 +173,11 @@ class Shards(Source):
                 raise ValueError(f"{shard}: there is no such shard")
 
     def order(self, seed, first, share=slice(None)):
-        """As of every source: the shards, and then the samples of each, in an order that depends on
-        seed and epoch.  Only headers are read."""
+        """The shards, and then the samples of each, in an order that depends on seed and epoch.
+        Only headers are read."""
         for epoch in itertools.count():
-            rng, total = random.Random(f"{seed} {epoch}"), 0
+            rng = random.Random(f"{seed} {epoch}")
+            total = 0
             for shard in self.shuffled(seed, epoch, share):
                 samples = self.samples(shard)
                 rng.shuffle(samples)

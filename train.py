@@ -18,17 +18,16 @@ from tqdm import tqdm
 
 from checkpoint import load_run, save_log, save_run
 from cli import (DTYPES, Parser, autocast, claimed, default_device, default_precision, device,
-                 errors, mean_of_processes, named_float, non_negative_float, non_negative_int,
-                 normal_path, number, positive_int, seed_int, start_processes)
+                 errors, mean_of_processes, named_float, non_negative_float, normal_path, number,
+                 positive_int, seed_int, start_processes)
 from data import batches
-from edit import draw_cycle
+from edit import TOY, draw_cycle
 from losses import WEIGHTS, ClipScorer, content_words, cycle_losses
 from pictures import save_png
 from shards import open_data
 from uip2p import TIMESTEPS, EditModel, cycle
 
 SD15, VIT_L = "stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"
-TOY = str(Path(__file__).resolve().parent / "models/toy")
 TOY_WEIGHTS = {"clip": 3.0, "attn": 0.2, "sim": 2.0, "recon": 0.5}
 
 #             the paper  your data  the toy world      its baseline, --objective ip2p
@@ -66,7 +65,7 @@ def parse(argv):
     add("--model", "directory or hub id of the start")
     add("--clip", "directory or hub id of the CLIP that judges")
     add("--weights", "of the losses, as attn=0", nargs="+", type=named_float)
-    add("--warmup", "first steps, of denoising alone: for text-to-image", 0, type=non_negative_int)
+    add("--warmup", "first steps, denoising alone: text-to-image", 0, type=number(int, 0, 10 ** 9))
     add("--sharp", "steps of a sampled edit; 0: the one-step estimate", type=number(int, 0, 999))
     add("--train", "the whole UNet or a part", "all", choices=("all", "cross-attention"))
     add("--steps", "of the optimizer", type=positive_int)
@@ -272,7 +271,7 @@ def main(argv=None):
     p, args = parse(argv)
     args.rank, args.processes = processes
     advice = "choose a smaller --batch-size, or --train cross-attention"
-    with errors(p, args, advice), claimed(args.output, "model", "best"):
+    with errors(p, advice), claimed(args.output, "model", "best"):
         train(args)
 
 

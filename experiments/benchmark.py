@@ -419,7 +419,7 @@ def main(argv=None):
         if args.save and getattr(args, name) != p.get_default(name):
             p.error(f"--{name} has no effect with --save")
     args.precision = args.precision or ("fp16" if args.device.startswith("cuda") else "fp32")
-    with errors(p, args):
+    with errors(p):
         if args.output and (args.output.is_dir() or not args.output.parent.is_dir()):
             raise ValueError(f"--output {args.output} is no file in a folder that exists")
         if args.save:

@@ -338,7 +338,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not len(set(args.seeds)) == len(args.seeds) <= len(T) + 1:
         p.error(f"--seeds: up to {len(T) + 1} different ones")
-    with errors(p, args), claimed(args.output):
+    with errors(p), claimed(args.output):
         try:
             study(args)
         except BrokenProcessPool as error:

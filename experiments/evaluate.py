@@ -12,12 +12,11 @@ import torch
 
 import toy
 from cli import Parser, about, errors, non_negative_float, number, seed_int
-from edit import load_editor
+from edit import TOY, load_editor
 from experiments.truth import judge, judge_attention
 from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, rms
 from pictures import grid, save_png
 
-TOY = Path(__file__).resolve().parents[1] / "models/toy"
 COLUMNS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
 ATTENTION = ("A_f IoU", "A_f pointing", "A_r IoU", "A_r pointing")
 SHOWN = 8                                      # edits in the picture
@@ -109,8 +108,8 @@ def scales(text):
 
 def main(argv=None):
     p = Parser("experiments.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--models", nargs="+", default=[str(TOY)], help="directories of toy models")
-    p.add_argument("--clip", default=str(TOY / "clip"), help="the CLIP of done, CLIP-T and direction")
+    p.add_argument("--models", nargs="+", default=[TOY], help="directories of toy models")
+    p.add_argument("--clip", default=f"{TOY}/clip", help="the CLIP of done, CLIP-T and direction")
     p.add_argument("--split", choices=("validation", "test"), default="test", help="of the toy world (%(default)s)")
     p.add_argument("--scenes", type=number(int, 1, 100_000), default=500, help="how many of its scenes (%(default)s)")
     p.add_argument("--steps", type=number(int, 1, 999), nargs="+", default=[10],
@@ -123,7 +122,7 @@ def main(argv=None):
     p.add_argument("--kinds", action="store_true", help="also a line for each kind of edit")
     p.add_argument("--picture", type=Path, help="a .png file, for the first scenes")
     args = p.parse_args(argv)
-    with errors(p, args):
+    with errors(p):
         evaluate(args)
 
 

@@ -549,7 +549,7 @@ def parser():
 def main(argv=None):
     p = parser()
     args = p.parse_args(argv)
-    with errors(p, args, "choose a smaller --batch-size or --resolution"):
+    with errors(p, "choose a smaller --batch-size or --resolution"):
         if not args.models + args.outputs:
             raise ValueError("there is nothing to judge: give --models, --outputs, or both")
         args.precision = args.precision or ("fp16" if args.device.startswith("cuda") else "fp32")

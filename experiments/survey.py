@@ -182,7 +182,7 @@ def main(argv=None):
     p.add_argument("--key", type=Path, default=Path("survey-key.json"), help="(%(default)s)")
     p.set_defaults(run=tally)
     args = main.parse_args(argv)
-    with errors(main, args):
+    with errors(main):
         args.run(args)
 
 

@@ -414,7 +414,7 @@ def main(argv=None):
     if args.edits and args.reverse_only:
         p.error("--edits has no effect on --reverse-only")
     args.edits = args.edits or 1
-    with errors(p, args), claimed_part(args.output) as part:
+    with errors(p), claimed_part(args.output) as part:
         run(args, part)
 
 

@@ -429,7 +429,7 @@ def parse(argv):
 
 def main(argv=None):
     p, args = parse(argv)
-    with errors(p, args):
+    with errors(p):
         if args.biases:
             biases(args)
             return

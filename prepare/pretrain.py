@@ -320,7 +320,7 @@ def main(argv=None):
         for part in ("clip", "vae"):
             if part not in args.parts and not list((args.output / part).glob("*.safetensors")):
                 p.error(f"text2image needs {args.output / part}: make it first, with --parts {part}")
-    with errors(p, args), claimed(args.output):
+    with errors(p), claimed(args.output):
         make(args)
 
 

@@ -264,8 +264,10 @@ def test_reverse_draws_the_cycle_and_does_not_change_the_edit(tmp_path):
 
 def test_without_arguments_the_demo_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/demo.png.tmp-0123abcd").touch()      # of a demo that was killed
     edit.main(FAST)
-    assert "outputs/demo.png" in capsys.readouterr().out
+    assert "outputs/demo.png" in capsys.readouterr().out and os.listdir("outputs") == ["demo.png"]
     with Image.open("outputs/demo.png") as sheet:
         assert sheet.width > 6 * 100 and sheet.height > 8 * 100
 
@@ -311,7 +313,7 @@ def bad_models(folder):
     yield folder / "shape", "unet"
     shutil.rmtree(copy("wordless") / "tokenizer")
     yield folder / "wordless", "tokenizer"
-    yield edit.TOY / "text2image", "text-to-image"            # which would not look at the image
+    yield edit.TOY + "/text2image", "text-to-image"            # which would not look at the image
 
 
 def test_bad_models_are_refused(tmp_path, capsys):
@@ -325,6 +327,7 @@ def test_bad_images_are_refused(tmp_path, capsys):
     good = picture(tmp_path / "good.png", (64, 64))
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1")
     for suffix in ("png", "jpg"):
         whole = picture(tmp_path / f"whole.{suffix}", (64, 64)).read_bytes()
         (tmp_path / f"cut.{suffix}").write_bytes(whole[:len(whole) // 2])
@@ -332,14 +335,15 @@ def test_bad_images_are_refused(tmp_path, capsys):
     Image.new("1", (20000, 8000)).save(tmp_path / "bigger.png")
     Image.new("F", (8, 8)).save(tmp_path / "float.tif")
     picture(tmp_path / "long.png", (1, 600))
-    for name, word in (("absent.png", "no such"), ("empty.png", "empty"), ("text.png", "not an image"),
+    for name, word in (("absent.png", "missing"), ("empty.png", "empty"), ("text.png", "not an image"),
+                       ("pointer.png", "git lfs pull"),
                        ("cut.png", "cut.png"), ("cut.jpg", "truncated"), ("bomb.png", "64,000,000"),
                        ("bigger.png", "64,000,000"),
                        ("float.tif", "16 bits"), ("long.png", "long.png, of 1x600")):
         assert word in refuse(capsys, "--input", tmp_path / name, "--output", tmp_path / "out.png", *FAST, *WORDS)
     for name, other in (("loop.png", "pool.png"), ("pool.png", "loop.png")):
         (tmp_path / name).symlink_to(other)
-    assert "no such" in refuse(capsys, "--input", tmp_path / "loop.png", "--output", tmp_path / "out.png", *WORDS)
+    assert "is missing" in refuse(capsys, "--input", tmp_path / "loop.png", "--output", tmp_path / "out.png", *WORDS)
     (tmp_path / "folder").mkdir()
     shutil.copy(good, tmp_path / "folder/a.png")
     shutil.copy(good, tmp_path / "folder/a.bmp")
@@ -360,7 +364,7 @@ def test_bad_arguments_are_refused(tmp_path, capsys):
                         (("--precision", "fp8"), "fp8"),
                         (("--edit", " "), "empty"), (("--edit", "\udcff"), "codec"), (("--fast",), "--fast"),
                         (("--reverse", "a", "--reverse", "b"), "2 --reverse for 1 --edit"),
-                        (("--reverse", ""), "empty"),
+                        (("--reverse", ""), "empty"), (("--output=",), "--output= is empty"),
                         (("--output", tmp_path / "out.gif"), ".png"), (("--output", folder), ".png"),
                         (("--output", tmp_path / "no/out.png"), "cannot write"), (("--output", source), "overwrite"),
                         (("--output", folder / "../in.png"), "overwrite"),
@@ -396,4 +400,4 @@ def test_as_a_program(tmp_path):
     assert load_image(tmp_path / "out.png").shape == (3, 29, 17)
     failed = program("--input", "absent.png", "--output", "no.png", *WORDS)
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr == "edit.py: error: absent.png: there is no such image file\n"
+    assert failed.stderr == "edit.py: error: absent.png is missing, or not a file\n"

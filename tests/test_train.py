@@ -599,7 +599,7 @@ BAD_VALUES = {
     *[([flag, value], flag) for flag, values in BAD_VALUES.items() for value in values],
     (["--weights", "clip=1", "delta=1"], "--weights delta: the losses are clip, attn, sim, recon"),
     (["--no-such-option"], "--no-such"), (["--model", "no-such-directory"], "no-such-directory"),
-    (["--model", "./no/such"], "no/such"), (["--model", str(TOY / "no-such-unet")], "no-such-unet"),
+    (["--model", "./no/such"], "./no/such is neither"), (["--model", str(TOY / "no-such-unet")], "no-such-unet"),
     (["--model", str(TOY / "clip")], "clip"), (["--clip", "/no/such/clip"], "/no/such/clip"),
     ([*TOY_MODEL, "--data", "no-such-data"], "no-such-data"), (["--validation", "no-such-data"], "no-such-data"),
     (["--data", "no-such-data.tar"], "no-such-data.tar"), (["--data", "no-such-data=3", "a"], "no-such-data"),
@@ -750,6 +750,16 @@ def test_ctrl_c_ends_in_one_line_below_the_bar(tmp_path, capsys, gradients, monk
     assert capsys.readouterr().err.split("\n")[-2] == "train.py: stopped by Ctrl-C"
 
 
+@pytest.mark.parametrize("words", ["CUDA out of memory", None])
+def test_too_little_memory_is_said_with_advice(tmp_path, capsys, gradients, monkeypatch, words):
+    def needs_too_much(_):
+        if words:
+            raise torch.OutOfMemoryError(words)
+        torch.empty(10 ** 15)
+    monkeypatch.setattr(train, "mean_of_processes", needs_too_much)
+    assert "memory is too small" in refuse(capsys, "--output", tmp_path / "run")
+
+
 def test_an_error_is_on_a_line_of_its_own(tmp_path, capsys, gradients, monkeypatch):
     monkeypatch.setattr(train, "compute_losses", overflowing(train.compute_losses, 2, float("nan")))
     with pytest.raises(SystemExit):
@@ -769,10 +779,10 @@ def test_every_process_empties_its_losses_and_the_first_alone_writes(tmp_path):
 
 
 def test_a_path_may_be_spelled_otherwise():
-    """With a slash at the end, as shells complete it."""
-    flags = ["--data", "photos/", "./a//*.tar=3", "--model", "runs/../m/", "--texts", "./t.jsonl"]
+    """With a slash at the end, as shells complete it.  "./toy" is not the toy world, nor "./a/b" on the hub."""
+    flags = ["--data", "photos/", "./toy", "a//*.tar=3", "--model", "runs/../m/", "--texts", "./t.jsonl"]
     args = options(*flags)
-    assert (args.data, args.model, args.texts) == (["photos", "a/*.tar=3"], "m", "t.jsonl")
+    assert (args.data, args.model, args.texts) == (["photos", "./toy", "a/*.tar=3"], "m", "./t.jsonl")
 
 
 FULL_DISK = """
