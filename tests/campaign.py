@@ -1,6 +1,6 @@
 """A campaign of bad inputs over all commands: each must be refused in one line, and leave everything as it was.
 
-    python tests/campaign.py [--only PATTERN] [--jobs 1]          # PATTERN: of the names of inputs, as '^edit.*png'
+    python tests/campaign.py [--only PATTERN]                     # of the names of inputs, as '^edit.*png'
 
 Most inputs follow from rules: values of every option that a parser has, paths of every kind in every place of a path,
 and in every file that is read, what bad_inputs.py lists.  Some odd inputs are good, and have to work.
@@ -32,10 +32,8 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -532,28 +530,24 @@ def remove(folder):
     shutil.rmtree(folder)
 
 
-def try_case(base, numbered):
-    """-> (the case, what is found); the folder of a case without a finding is removed."""
-    number, case = numbered
+def try_case(base, number, case):
+    """-> (the kind of a finding, what is wrong), or None; then the folder of the case is removed."""
     folder = base / f"cases/{number:04d}"
     finding = attempt(case, folder, base / "fixtures")
     if not finding:
         remove(folder)
-    return number, case, finding
+    return finding
 
 
-def campaign(base, chosen, jobs=1, tell=lambda finding: None, parts=(fixtures_in, results_in)):
+def campaign(base, chosen, tell=lambda finding: None, parts=(fixtures_in, results_in)):
     """Tries cases in a folder -> the findings: (kind, what is wrong, number, case)."""
     prepare(base, parts)
     before, findings = snapshot(base / "fixtures"), []
-    with contextlib.ExitStack() as stack:
-        apply = map
-        if jobs > 1:
-            apply = stack.enter_context(ProcessPoolExecutor(jobs, get_context("fork"))).map
-        for number, case, finding in apply(partial(try_case, base), list(enumerate(chosen))):
-            if finding:
-                findings.append((*finding, number, case))
-                tell(findings[-1])
+    for number, case in enumerate(chosen):
+        finding = try_case(base, number, case)
+        if finding:
+            findings.append((*finding, number, case))
+            tell(findings[-1])
     if snapshot(base / "fixtures") != before:
         findings.append(("half-written", "a command changed its inputs", 0, chosen[0]))
     return findings
@@ -562,7 +556,6 @@ def campaign(base, chosen, jobs=1, tell=lambda finding: None, parts=(fixtures_in
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", help="a pattern: inputs whose names have it")
-    p.add_argument("--jobs", type=int, default=1, help="inputs tried side by side (%(default)s)")
     args = p.parse_args()
     torch.set_num_threads(1)
     chosen = [case for case in cases() if re.search(args.only, case.name)]
@@ -574,7 +567,7 @@ def main():
         command = shlex.join([case.command, *map(str, case.argv)])
         print(f"{kind}: {case.name}\n    {text}\n    {number:04d}: {ascii(command)[1:-1][:400]}", flush=True)
 
-    findings = campaign(base, chosen, args.jobs, tell)
+    findings = campaign(base, chosen, tell)
     counts = collections.Counter(kind for kind, *_ in findings)
     kinds = ("traceback", "silent", "hang", "half-written", "message", "unclear", "refused")
     print(f"\n{len(chosen)} inputs in {time.monotonic() - begun:.0f} s: "
