@@ -416,7 +416,7 @@ TOGETHER = """
     train --data ../../fixtures/data=0; train --resolution 1000000; train --data a.tar.gz; train --data nobody/nothing
     train-on-pairs --weights attn=1; train-on-pairs --warmup 1; train-on-pairs --sharp 1; train-on-pairs --clip x
     instructions --edits 2 --reverse-only; instructions --edits 99; instructions --input x{0..100000000}.tar
-    instructions --temperature 1e-320; instructions --input ../../fixtures/photo.png; pairs --biases; pairs --steps 1000
+    instructions --input ../../fixtures/photo.png; pairs --biases; pairs --steps 1000
     pairs --resolution 33; pairs --cfg-text 0.5; pairs --thresholds 1 2; pairs --thresholds 1 1 1 nan; pairs --edits 0
     pretrain --parts unet; pretrain --parts text2image; pretrain --seed 8589934592; pretrain --clip-steps 5
     evaluate --steps 1000; evaluate --scales 1; evaluate --scales 1:; evaluate --scales 1:nan; evaluate --picture x.jpg
