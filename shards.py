@@ -90,6 +90,8 @@ class InstructPix2Pix(Source):
 
     def __init__(self, path, split, resolution, seed=0, pairs=False, side={}):
         listing = Path(path) / "seeds.json"
+        if not listing.is_file():
+            raise ValueError(f"{listing} is missing")
         try:
             rows = json.loads(listing.read_bytes())
             begin, end = [int(part * len(rows)) for part in self.SPLITS[split]]

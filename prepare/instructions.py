@@ -258,8 +258,13 @@ def generate(model, tokenizer, prompts, temperature):
     sampling = {"do_sample": False}
     if temperature > 0.001:                   # below it, numbers of the sampling overflow
         sampling = {"do_sample": True, "temperature": temperature}
-    output = model.generate(**inputs.to(model.device), **sampling, max_new_tokens=NEW_TOKENS, stop_strings=["}"],
-                            tokenizer=tokenizer)
+    try:
+        output = model.generate(**inputs.to(model.device), **sampling, max_new_tokens=NEW_TOKENS, stop_strings=["}"],
+                                tokenizer=tokenizer)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:             # of weights that are no numbers
+        raise ValueError(f"--model writes no text: {error}") from None
     return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
 
 

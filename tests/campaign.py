@@ -62,8 +62,8 @@ COMMANDS = {"edit.py": edit, "train.py": train, "prepare.instructions": instruct
             "experiments.published": published, "experiments.survey": survey, "experiments.benchmark": benchmark}
 SECONDS, LETTERS, MEMORY = 60, 1000, 4 * 2 ** 30               # at most, for an input; for a message; bytes
 # What only a programmer understands.
-INTERNAL = re.compile(r"NoneType|KeyError|has no attribute|not subscriptable|unhashable|unexpected keyword|size_t|"
-                      r"error: '\w*'$|error: $|not supported between|positional argument")
+INTERNAL = re.compile(r"'NoneType' object|KeyError|has no attribute|not subscriptable|unhashable|unexpected keyword|"
+                      r"size_t|error: '\w*'$|error: $|not supported between|positional argument")
 
 
 @dataclass
@@ -247,7 +247,8 @@ def fixtures_in(f):
 
 def results_in(f):
     """Adds what some commands write, for the cases that read it."""
-    toy_pairs = ["prepare.pairs", "--edits", 1, "--samples", 1, "--steps", 1, "--output", "toypairs"]
+    toy_pairs = ["prepare.pairs", "--edits", 1, "--samples", 1, "--steps", 1,
+                 "--thresholds", 0, 0, 0, 0, "--output", "toypairs"]
     for command in (BASES["edit"], BASES["train"], BASES["pairs"], BASES["page"], toy_pairs):
         run(f, *command)
     os.rename("run", f / "reference")
@@ -466,11 +467,12 @@ def of_options():
 
 def of_results():
     """What is in the way of a result, and a disk that is full: files end after so many bytes."""
-    for name in ("model", "best", "log.csv", "curves.png", "step-000002.png", "state.pt"):
+    for name in ("model", "best", "step-000002.png", "state.pt"):
         wrong = replaced(PATHS["folder" if "." in name else "empty"])
         yield instead("resume", f"in the way of {name}", "run", "copy", damage("run", name, wrong, "copy"))
-        yield case("train", f"in the way of a new {name}", make=lambda folder, name=name, wrong=wrong: (
-            (folder / "run").mkdir(), wrong(folder / "run" / name)))
+        new = name.replace("2", "1")
+        yield case("train", f"in the way of a new {new}", make=lambda folder, new=new, wrong=wrong: (
+            (folder / "run").mkdir(), wrong(folder / "run" / new)))
     for kind, text in {"of another command": "{}\n", "garbage": b"\xff\xfe\n", "cut": '{"a', "empty": ""}.items():
         yield case("instructions", f"a part file {kind}", make=write({"o.jsonl.part": text}))
     for base, name in (("instructions", "o.jsonl"), ("page", "survey.html"), ("page", "survey-key.json")):
