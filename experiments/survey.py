@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cli import Parser, errors, positive_int, replace_file, seed_int
+from cli import Parser, about, errors, positive_int, seed_int, unfinished
 from data import read_json
 from experiments.published import read_magicbrush
 from pictures import LARGEST, load_image, to_pil
@@ -89,8 +89,11 @@ def write_page(args):
             if not (folder / turn.output("single-turn")).is_file():
                 raise ValueError(f"--outputs: {folder / turn.output('single-turn')} is missing")
     page, answers = make_page(turns, folders, args.seed)
-    replace_file(key, lambda temporary: temporary.write_text(json.dumps(answers, indent=1)))
-    replace_file(args.output, lambda temporary: temporary.write_text(page))
+    with about(f"{args.output} cannot be written"), unfinished(key) as new_key, unfinished(args.output) as new_page:
+        new_key.write_text(json.dumps(answers, indent=1))
+        new_page.write_text(page)
+        new_key.rename(key)                    # both or none: no answer can be read without the key
+        new_page.rename(args.output)
     print(f"seed {args.seed}, {len(turns)} edits by {len(folders)} methods, the best {answers['pick']} are chosen\n"
           f"{args.output}: send this\n{key}: keep this")
 

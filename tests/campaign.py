@@ -177,7 +177,7 @@ def attempt(case, folder, fixtures):
     if INTERNAL.search(last):
         return "unclear", last
     left = [path for path in changed if not re.fullmatch(case.changes, path)]
-    full = [path for path in changed if case.limit and (folder / path).is_file()
+    full = [path for path in changed if case.limit and (folder / path).is_file() and not path.endswith(".part")
             and (folder / path).stat().st_size == case.limit]
     return left + full and ("half-written", f"{(left + full)[:6]} after: {last}")
 
@@ -328,7 +328,7 @@ def of_files():
         for name in names:
             changes = {kind: content(new) if isinstance(new, bytes) else new for kind, new in changes.items()}
             for kind, change in (changes | {kind: replaced(make) for kind, make in PATHS.items() if name}).items():
-                if not FINE.search(f"{name} {kind}"):
+                if not FINE.search(f"{fixture} {name} {kind}"):
                     yield instead(base, " ".join(filter(None, (fixture, name, kind))), fixture, copy,
                                   damage(fixture, name, change, copy), **judge)
     for file in CONFIGS:
@@ -473,7 +473,7 @@ def of_results():
         new = name.replace("2", "1")
         yield case("train", f"in the way of a new {new}", make=lambda folder, new=new, wrong=wrong: (
             (folder / "run").mkdir(), wrong(folder / "run" / new)))
-    for kind, text in {"of another command": "{}\n", "garbage": b"\xff\xfe\n", "cut": '{"a', "empty": ""}.items():
+    for kind, text in {"of another command": "{}\n", "garbage": b"\xff\xfe\n", "cut": '{"a'}.items():
         yield case("instructions", f"a part file {kind}", make=write({"o.jsonl.part": text}))
     for base, name in (("instructions", "o.jsonl"), ("page", "survey.html"), ("page", "survey-key.json")):
         yield case(base, f"{name} is there", make=write({name: "x"}))
