@@ -4,6 +4,7 @@ A model is a directory or an id of the hub, with SD 1.5's unet/, vae/, text_enco
 scheduler/.  Only safetensors are read.  Errors are a ValueError of one line that names the file.
 """
 import json
+import os
 import re
 import sys
 import zipfile
@@ -69,6 +70,8 @@ RULES = {
     # edit_defaults.json, what a model recommends for its edits
     "steps": range(1, 1000), "text_guidance": Real(0, 1000), "image_guidance": Real(0, 1000),
     "resolution": range(16, 2049)}
+CLIP_RULES = {"num_attention_heads": COUNT} | dict.fromkeys(
+    ("bos_token_id", "eos_token_id", "pad_token_id"), range(65537))
 DDIM_RULES = {"timestep_spacing": ("leading",), "set_alpha_to_one": WITHOUT}
 PIPELINES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "InstructPix2Pix", "Img2Img"))
 
@@ -215,6 +218,10 @@ def modern_names(config, state):
 def load_transformer(network, folder, dtype=torch.float32, **options):
     """A network of transformers with the weights of its folder: none is missing, no layer left."""
     config, state = read_config(folder / "config.json"), read_weights(folder, "model")
+    text = config.get("text_config", config)                      # of CLIP, or of its text encoder
+    if isinstance(text, dict):
+        given = {key: value for key, value in text.items() if value is not None}
+        check(folder / "config.json", given, RULES | CLIP_RULES)
     with about(f"{folder}: weights and config.json make no whole {network.__name__}"):
         config = network.config_class.from_dict(config)
         with torch.device("meta"):
@@ -236,9 +243,13 @@ def load_tokenizer(folder, encoder):
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         ids = tokenizer.get_vocab()               # three without files: transformers makes them up
         longest = min(tokenizer.model_max_length, encoder.max_position_embeddings)
-        if len(ids) <= 3 or max(ids.values()) >= encoder.vocab_size or longest not in SIZE[2:]:
+        fits = len(ids) > 3 and max(ids.values()) < encoder.vocab_size
+        if not fits or not allows(SIZE[2:], longest):
             raise ValueError(f"its {len(ids)} tokens reach number {max(ids.values())} of "
-                             f"{encoder.vocab_size}, texts have {longest} tokens")
+                             f"{encoder.vocab_size}, texts have {longest!r} tokens")
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        if len(ids) > 512 + len(merges) + len(tokenizer.get_added_vocab()):   # 512: single bytes
+            raise ValueError("merges.txt lacks lines: words would fall into letters")
     tokenizer.model_max_length = longest
     for name in tokenizer.get_added_vocab():
         if f"{name}_1" in ids:
@@ -340,8 +351,9 @@ def load_run(folder, settings, parts):
     what a killed run left unfinished goes."""
     file = folder / "state.pt"
     state = {"run": {}}                           # of a new run
-    if file.exists():
+    if os.path.lexists(file):                     # also a link that leads nowhere
         with about(f"{file} is damaged, or not of this program; remove it to start again"):
+            check_readable(file)
             with zipfile.ZipFile(file) as archive:
                 if archive.testzip() or archive.comment != seal(archive):
                     raise ValueError("its checksum is wrong")

@@ -14,7 +14,7 @@ from glob import glob
 from pathlib import Path
 
 import toy
-from cli import named_float
+from cli import check_readable, named_float
 from data import Folder, Source, ToyWorld, parse_json, read_edits, read_json, read_lines
 from pictures import load_image
 
@@ -90,6 +90,7 @@ class InstructPix2Pix(Source):
 
     def __init__(self, path, split, resolution, seed=0, pairs=False, side={}):
         listing = Path(path) / "seeds.json"
+        check_readable(listing)
         try:
             rows = json.loads(listing.read_bytes())
             begin, end = [int(part * len(rows)) for part in self.SPLITS[split]]

@@ -326,10 +326,12 @@ def make_edits(model, settings, jobs):
 
 
 def check_files(files):
-    """ValueError if another editor's outputs are not all there."""
+    """ValueError if another editor's outputs are not all there, or one is damaged."""
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"--outputs: {len(missing)} of {len(files)} images are missing, the first is {missing[0]}")
+    for file in files:
+        load_image(file)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cli import Parser, about, errors, positive_int, replace_file, seed_int
+from cli import Parser, about, errors, positive_int, seed_int, unfinished
 from data import read_json
 from experiments.published import read_magicbrush
 from pictures import LARGEST, load_image, to_pil
@@ -89,8 +89,11 @@ def write_page(args):
             if not (folder / turn.output("single-turn")).is_file():
                 raise ValueError(f"--outputs: {folder / turn.output('single-turn')} is missing")
     page, answers = make_page(turns, folders, args.seed)
-    replace_file(key, lambda temporary: temporary.write_text(json.dumps(answers, indent=1)))
-    replace_file(args.output, lambda temporary: temporary.write_text(page))
+    with about(f"{args.output} cannot be written"), unfinished(key) as new_key, unfinished(args.output) as new_page:
+        new_key.write_text(json.dumps(answers, indent=1))
+        new_page.write_text(page)
+        new_key.rename(key)                    # both or none: no answer can be read without the key
+        new_page.rename(args.output)
     print(f"seed {args.seed}, {len(turns)} edits by {len(folders)} methods, the best {answers['pick']} are chosen\n"
           f"{args.output}: send this\n{key}: keep this")
 
@@ -108,12 +111,15 @@ def wilson(chosen, shown, z=1.96):
 def read_key(path):
     """The key of a survey.  ValueError if it is none, or damaged."""
     key = read_json(path)
-    with about(f"--key {path} is no key of a survey, or damaged"):
+    try:
         options = [set(item["options"].values()) for item in key["items"]]
         methods = options[0]
         is_whole = type(key["survey"]) is str and all(other == methods for other in options)
-        if not (is_whole and key["pick"] in range(1, len(methods) + 1) and all(type(m) is str for m in methods)):
-            raise ValueError("its edits, options or number of choices do not fit together")
+        is_whole = is_whole and key["pick"] in range(1, len(methods) + 1) and all(type(m) is str for m in methods)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"--key {path} is no key of a survey, or damaged: edits, options and choices do not fit")
     return key
 
 

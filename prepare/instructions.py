@@ -258,8 +258,13 @@ def generate(model, tokenizer, prompts, temperature):
     sampling = {"do_sample": False}
     if temperature > 0.001:                   # below it, numbers of the sampling overflow
         sampling = {"do_sample": True, "temperature": temperature}
-    output = model.generate(**inputs.to(model.device), **sampling, max_new_tokens=NEW_TOKENS, stop_strings=["}"],
-                            tokenizer=tokenizer)
+    try:
+        output = model.generate(**inputs.to(model.device), **sampling, max_new_tokens=NEW_TOKENS, stop_strings=["}"],
+                                tokenizer=tokenizer)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:             # of weights that are no numbers
+        raise ValueError(f"--model writes no text: {error}") from None
     return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
 
 
@@ -281,10 +286,9 @@ def resume(part, header, size, total):
     with open(part, "r+b") as file:
         begun = file.readline().decode(errors="replace")
         if begun != header and header.startswith(begun):          # it is new, or a kill cut its first line
-            file.seek(0)
-            file.truncate()
-            file.write(header.encode())
-        elif begun != header:
+            file.truncate(0)
+            return 0
+        if begun != header:
             raise ValueError(f"{part} was begun by another command: {begun.strip()}; give that one, or remove the file")
         done, end = 0, file.tell()
         for number, line in enumerate(file, 1):
@@ -379,7 +383,8 @@ def run(args, part):
     settings = {name: str(value) for name, value in vars(args).items() if name != "output"}
     settings |= {"prompt": zlib.crc32(prompt.encode()), "total": total}
     size = ROUND * args.batch_size
-    done = resume(part, json.dumps(settings) + "\n", size, total)
+    header = json.dumps(settings) + "\n"
+    done = resume(part, header, size, total)
     sweep(part.parent, {args.output.name, rejects.name})
     said = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(f"{said}, done {done}, dtype {model.dtype}", flush=True)
@@ -391,6 +396,8 @@ def run(args, part):
             results = ask(model, tokenizer, prompt, batch, done, args, progress)
             # A lone half character in a field that is kept, as in a URL, is written as JSON writes it: \ud800.
             with about(f"{part} cannot be written"), open(part, "a", 1, "utf-8", "backslashreplace") as file:
+                if file.tell() == 0:
+                    file.write(header)
                 file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
             done += len(batch)
     finish(part, args.output, rejects, total)

@@ -29,7 +29,7 @@ import toy
 from attention import Attention
 from cli import (Parser, about, claimed, default_device, device, errors, non_negative_float, number, normal_path,
                  positive_int, replace_file, seed_int, sweep)
-from data import TEXTS, parse_json, read_edits, read_json, read_lines
+from data import TEXTS, parse_json, read_edits, read_json, read_lines, text_lines
 from experiments.truth import edit_mask
 from losses import ClipScorer
 from pictures import load_image, to_pil
@@ -223,7 +223,7 @@ def read_scores(folder):
     """The scores of the pairs of a directory, the best pair first.  ValueError if its list is damaged."""
     file = folder / "metadata.jsonl"
     with about(f"{file} is damaged; remove {folder}, and it is made again"):
-        rows = [parse_json(line) for line in file.read_bytes().splitlines()]
+        rows = [parse_json(line) for _, line in text_lines(file)]
         for row in rows:
             if type(row.get("seed")) is not int or type(row.get("p2p_threshold")) is not float:
                 raise ValueError("a line has no seed or no p2p_threshold")

@@ -255,5 +255,7 @@ PLACES = [
                                                                  DOCUMENTS),
     ("instructions", "lm", ["config.json", "tokenizer.json"], DOCUMENTS), ("instructions", "lm", ["model.safetensors"],
                                                                           WEIGHTS)]
-# What is well in these places, because it is not there, or nothing is said in it that is read.
-FINE = re.compile(r"state.pt missing|settings.json missing|(tokenizer|scheduler)_config.json (missing|empty|object)")
+# What is well in these places, because it is not there, or nothing is said in it that is read; or transformers says it.
+FINE = re.compile(r"lm model.safetensors (a tensor more|int8)|lm tokenizer.json number|"
+                  r"metadata.jsonl (cut|empty)|state.pt missing|"
+                  r"settings.json missing|(tokenizer|scheduler)_config.json (missing|empty|object)")

@@ -562,6 +562,10 @@ NORM, SCHEDULER = "text_model.final_layer_norm.weight", "scheduler/scheduler_con
     ("unet/config.json", changed(in_channels=9), "in_channels = 9"),         # one for inpainting
     *[(file, point, "git lfs pull") for file in (UNET, TEXT, "vae/config.json", "tokenizer/vocab.json", SCHEDULER)],
     *[(file, deep, file) for file in ("unet/config.json", "text_encoder/config.json", SCHEDULER)],
+    *[("tokenizer/merges.txt", change, "merges.txt lacks lines") for change in (
+        lambda f: f.write_text("".join(f.read_text().splitlines(True)[:90])), lambda f: f.write_text(""))],
+    *[("text_encoder/config.json", changed(**{key: value}), f"{key} = {value}") for key, value in (
+        ("eos_token_id", 10 ** 8), ("eos_token_id", []), ("num_attention_heads", -1))],
     (TEXT, more_layers, "encoder.layers.2"), ("text_encoder/config.json", changed(num_hidden_layers=1), "layers.1"),
     ("text_encoder/config.json", changed(hidden_size=16384), "many more than there are"),
     ("text_encoder/config.json", changed(vocab_size=600), "text_encoder"),
