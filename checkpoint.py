@@ -318,7 +318,10 @@ def save_run(folder, settings, parts, run):
 
     def write(file):
         with open(file, "wb") as stream:
-            torch.save(state, stream)                 # a zip archive, as torch writes it
+            try:
+                torch.save(state, stream)             # a zip archive, as torch writes it
+            except RuntimeError as error:             # which hides that the disk is full
+                raise error.__context__ or error
         with zipfile.ZipFile(file, "a") as archive:
             archive.comment = seal(archive)
     replace_file(folder / "state.pt", write)

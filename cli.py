@@ -64,7 +64,8 @@ def about(what):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+        cause = getattr(error, "strerror", None) or error         # without a number and a path
+        raise ValueError(f"{what}: {' '.join(str(cause).split())[:300]}") from None
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -98,22 +99,14 @@ def remove(path):
 
 def replace_file(path, write):
     """Lets write(temporary path) make a file, and gives it its name only when it is whole.
-    OSError names the file and the cause."""
-    with unfinished(path) as temporary:
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        except Exception as error:                    # each library has other kinds for a full disk
-            if isinstance(error.__context__, OSError):
-                error = error.__context__             # which torch.save hides
-            cause = getattr(error, "strerror", None) or error
-            raise OSError(f"{path} cannot be written: {cause}") from None
+    ValueError names the file and the cause."""
+    with about(f"{path} cannot be written"), unfinished(path) as temporary:
+        write(temporary)
+        os.replace(temporary, path)
 
 def check_writable(folder):
-    try:
+    with about(f"cannot write in {folder}"):
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write in {folder}: {error.strerror}") from None
 
 @contextmanager
 def claimed(folder, *inside):
@@ -144,11 +137,9 @@ def locked(path):
     descriptor = os.open(path, os.O_RDONLY)
     LOCKS.add(descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with about(f"{path} is in use by another process; wait, or choose another --output"):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError:
-        raise ValueError(f"{path} is in use by another process: wait until it ends, or choose "
-                         "another --output") from None
     finally:
         LOCKS.remove(descriptor)
         os.close(descriptor)
