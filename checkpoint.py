@@ -70,8 +70,9 @@ RULES = {
     # edit_defaults.json, what a model recommends for its edits
     "steps": range(1, 1000), "text_guidance": Real(0, 1000), "image_guidance": Real(0, 1000),
     "resolution": range(16, 2049)}
-CLIP_RULES = {"num_attention_heads": COUNT} | dict.fromkeys(
-    ("bos_token_id", "eos_token_id", "pad_token_id"), range(65537))
+CLIP_RULES = {
+    "num_attention_heads": COUNT, "dtype": ("float32", "float16", "bfloat16"),
+    "bos_token_id": range(65537), "eos_token_id": range(65537), "pad_token_id": range(65537)}
 DDIM_RULES = {"timestep_spacing": ("leading",), "set_alpha_to_one": WITHOUT}
 PIPELINES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "InstructPix2Pix", "Img2Img"))
 
@@ -242,7 +243,9 @@ def load_tokenizer(folder, encoder):
             check_readable(file)
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         ids = tokenizer.get_vocab()               # three without files: transformers makes them up
-        longest = min(tokenizer.model_max_length, encoder.max_position_embeddings)
+        longest = tokenizer.model_max_length
+        if type(longest) is int:                  # huge, where its files say nothing
+            longest = min(longest, encoder.max_position_embeddings)
         fits = len(ids) > 3 and max(ids.values()) < encoder.vocab_size
         if not fits or not allows(SIZE[2:], longest):
             raise ValueError(f"its {len(ids)} tokens reach number {max(ids.values())} of "

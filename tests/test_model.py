@@ -564,13 +564,13 @@ NORM, SCHEDULER = "text_model.final_layer_norm.weight", "scheduler/scheduler_con
     *[(file, deep, file) for file in ("unet/config.json", "text_encoder/config.json", SCHEDULER)],
     *[("tokenizer/merges.txt", change, "merges.txt lacks lines") for change in (
         lambda f: f.write_text("".join(f.read_text().splitlines(True)[:90])), lambda f: f.write_text(""))],
-    *[("text_encoder/config.json", changed(**{key: value}), f"{key} = {value}") for key, value in (
-        ("eos_token_id", 10 ** 8), ("eos_token_id", []), ("num_attention_heads", -1))],
+    *[("text_encoder/config.json", changed(**{key: value}), f"{key} = {value!r}") for key, value in (
+        ("dtype", "x"), ("eos_token_id", 10 ** 8), ("eos_token_id", []), ("num_attention_heads", -1))],
     (TEXT, more_layers, "encoder.layers.2"), ("text_encoder/config.json", changed(num_hidden_layers=1), "layers.1"),
     ("text_encoder/config.json", changed(hidden_size=16384), "many more than there are"),
     ("text_encoder/config.json", changed(vocab_size=600), "text_encoder"),
     ("tokenizer/tokenizer_config.json", changed(model_max_length=-1), "texts have -1 tokens"),
-    ("tokenizer/tokenizer_config.json", changed(model_max_length="77"), "tokenizer"),
+    ("tokenizer/tokenizer_config.json", changed(model_max_length="77"), "texts have '77' tokens"),
     (UNET, turn("conv_out.weight", lambda w: w.to(torch.int8)), "conv_out.weight is quantised, torch.int8"),
     (TEXT, turn(NORM, lambda w: w.to(torch.int8)), "final_layer_norm.weight is quantised, torch.int8"),
     *[(SCHEDULER, changed(**{key: value}), f"{key} = {value}") for key, value in {
