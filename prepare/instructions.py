@@ -114,7 +114,8 @@ def read_rows(path):
 def rename(row, given, may_lack):
     """A row in which the `given` texts have our names and are on one line each.  ValueError for a text that is not
     there, unless the row may lack it: then it is None."""
-    texts, = read_edits(row | {"edits": None}, [{}], set(given) - set(may_lack))
+    needed = [name for name in given if name not in may_lack]
+    texts, = read_edits(row | {"edits": None}, [{}], needed)
     aliases = {alias for name in given for alias in NAMES[name]}
     renamed = {name: " ".join(texts[name].split()) if name in texts else None for name in given}
     return {name: value for name, value in row.items() if name not in aliases} | renamed
