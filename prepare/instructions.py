@@ -262,10 +262,10 @@ def generate(model, tokenizer, prompts, temperature):
     try:
         output = model.generate(**inputs.to(model.device), **sampling, max_new_tokens=NEW_TOKENS, stop_strings=["}"],
                                 tokenizer=tokenizer)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:             # of weights that are no numbers
-        raise ValueError(f"--model writes no text: {error}") from None
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise ValueError("--model writes no text: its weights are no numbers") from None
     return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
 
 
