@@ -7,7 +7,7 @@
     python -m prepare.instructions --input clip-filtered-dataset --reverse-only \\
         --output reversed.jsonl                                       # InstructPix2Pix's edits, which lack a reverse
 
-What is read is kept in memory, about 1 GB for 3 million captions.  Broken lines and samples are skipped and reported.
+What is read is kept in memory.  Broken lines and samples are skipped and reported.
 The prompt is instructions_prompt.txt, beside this file: the task, and examples, which also say what kinds of edit there
 are.  Every answer is checked.  After four bad ones the edit goes to OUTPUT.rejects, with the last answer and the
 reason.  OUTPUT.part holds what is done until all is: the same command goes on from there.  Only safetensors are read,
