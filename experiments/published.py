@@ -107,12 +107,9 @@ class Turn:
 
 def read_listing(path):
     """A JSON file that holds an object which is not empty."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: MagicBrush's test is a folder with images/ and three JSON files")
-    with about(f"{path} is not valid JSON"):
-        content = json.loads(path.read_bytes())
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds no JSON object, or an empty one")
+    content = read_json(path)
+    if not content:
+        raise ValueError(f"{path} is empty")
     return content
 
 
