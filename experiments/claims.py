@@ -261,7 +261,7 @@ def fulfil(name, folder, seed, judge_path, on):
     """Trains a run of a seed and judges it; what is there is kept.  All output goes into the run's log.txt."""
     output = folder / name
     given = [argument.replace("{folder}", str(folder)) for argument in RUNS[name][1]]
-    given += ["--seed", str(seed), "--precision", "bf16", "--device", on]
+    given += ["--seed", str(seed), "--device", on]
     file = output / "scores.json"
     output.mkdir(parents=True, exist_ok=True)
     if not file.is_file():

@@ -38,6 +38,7 @@ PARTS = {"clip": ("tokenizer", "clip", "text_encoder"), "vae": ("vae",),
          "text2image": ("scheduler", "edit_defaults.json", "text2image"), "judge": ("judge",)}
 WIDTH = 64                                # of the text encoder, hence of the UNet's context
 TOKENS = 24                               # of a text, instead of 77: the longest caption has 17
+TESTED = 100                              # scenes that a part is tested with
 
 # ---- sizes, and the recommendations of the toy's models ------------------------------------------------------------
 
@@ -182,11 +183,11 @@ def pretrain_clip(folder, tokenizer, config, steps, precision):
         tokenizer.save_pretrained(folder)
 
     # ---- test
-    scenes = {scene.caption: scene for scene in (toy.edit("test", i).scene for i in range(400))}
-    scenes = list(scenes.values())[:100]
+    scenes = {scene.caption: scene for scene in (toy.edit("test", i).scene for i in range(4 * TESTED))}
+    scenes = list(scenes.values())[:TESTED]
     with torch.no_grad():
-        found = similarities(scenes, toy.render(scenes)).argmax(1) == torch.arange(100)
-    print(f"{folder.name}: the right one among the captions of 100 test scenes in {found.float().mean():.0%}")
+        found = similarities(scenes, toy.render(scenes)).argmax(1) == torch.arange(TESTED)
+    print(f"{folder.name}: the right one among the captions of {TESTED} test scenes in {found.float().mean():.0%}")
     return clip
 
 
@@ -204,12 +205,12 @@ def pretrain_vae(path, steps, precision):
 
     train(vae, loss_of, steps, 2e-3, precision, "vae")
     with torch.no_grad():
-        images = toy.render([toy.edit("test", i).edited for i in range(500)])
+        images = toy.render([toy.edit("test", i).edited for i in range(5 * TESTED)])
         latents = vae.encode(images)
         error = (vae.decode(latents) - images).abs().mean() / 2
     vae.config["scaling_factor"] = round(1 / latents.std().item(), 5)
     save_network(vae.half(), path / "vae")
-    print(f"VAE: L1 {error:.4f} on 500 test scenes (range 0-1), standard deviation of the latents {latents.std():.3f}")
+    print(f"VAE: L1 {error:.4f} on {5 * TESTED} test scenes (range 0-1), standard deviation of the latents {latents.std():.3f}")
 
 
 def pretrain_text2image(path, steps, precision):
@@ -250,12 +251,12 @@ def pretrain_text2image(path, steps, precision):
     # ---- test: CLIP looks for the caption of each generated image
     model = EditModel.from_pretrained(path / "text2image")
     scorer = ClipScorer.from_pretrained(path / "clip")
-    scenes = [toy.edit("test", i).scene for i in range(100)]
+    scenes = [toy.edit("test", i).scene for i in range(TESTED)]
     captions = [scene.caption for scene in scenes]
     generated = model.edit(toy.render(scenes), captions, steps=20, text_guidance=3.0, image_guidance=1.0)
-    similarity = scorer.embed_images(generated) @ scorer.embed_texts(captions).T         # (100, 100)
-    found = similarity.argmax(1) == torch.arange(100)
-    print(f"text2image: CLIP finds the right one among 100 captions for {found.float().mean():.0%}")
+    similarity = scorer.embed_images(generated) @ scorer.embed_texts(captions).T         # (N, N)
+    found = similarity.argmax(1) == torch.arange(TESTED)
+    print(f"text2image: CLIP finds the right one among {TESTED} captions for {found.float().mean():.0%}")
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

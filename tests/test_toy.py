@@ -218,6 +218,7 @@ def test_edits_in_turn_lead_from_scene_to_scene():
 
 def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "trange", lambda n, desc: tqdm(range(min(n, 2)), desc))
+    monkeypatch.setattr(pretrain, "TESTED", 4)
     pretrain.main(["--clip-steps", "2", "--vae-steps", "2", "--text2image-steps", "2", "--output", str(tmp_path)])
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["clip", "VAE", "text2image"]
     new, shipped = (EditModel.from_pretrained(path / "text2image") for path in (tmp_path, pretrain.TOY))
