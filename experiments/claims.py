@@ -56,7 +56,7 @@ RUNS = {
 FIRST = ("baseline", "scratch")                # the others start from the baseline
 
 # the columns of the report
-EDITS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-I", "CLIP-T", "direction")
+EDITS = ("exact", "objects", "L1", "L2", "inside", "outside", "done", "right", "CLIP-I", "CLIP-T", "direction")
 MORE = ("L1, 5 steps", "L1, 50 steps", "right, 5 steps", "right, 50 steps", "L1, strong", "right, strong",
         "L1, 3 turns", "right, 3 turns", "round trip")
 MAPS = ("A_f IoU", "A_f pointing", "A_r IoU", "A_r pointing", "agreement", "mask")

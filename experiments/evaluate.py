@@ -17,7 +17,7 @@ from experiments.truth import judge, judge_attention
 from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, rms
 from pictures import grid, save_png
 
-COLUMNS = ("L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
+COLUMNS = ("exact", "objects", "L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
 ATTENTION = ("A_f IoU", "A_f pointing", "A_r IoU", "A_r pointing")
 SHOWN = 8                                      # edits in the picture
 

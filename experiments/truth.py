@@ -1,12 +1,105 @@
-"""What the truth of the toy world says of edited images: how far they are from the true edit, inside its mask and
-outside, and whether the attention maps point there.  evaluate.py and claims.py print it.
+"""What the truth of the toy world says of edited images: whether they show the true edited scene, how far they are from
+it, inside the mask of the edit and outside, and whether the attention maps point there.
+
+A picture is read back as a scene (`read_scenes`), so the strict score asks no network.  evaluate.py and claims.py print
+the scores.
 """
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+
 import torch
 from torch.nn.functional import cosine_similarity
 
 import toy
 from losses import edit_region
 
+
+# ---- reading a scene back from its picture ---------------------------------------------------------------------------
+
+SHADES = [-0.12, -0.08, -0.04, 0.0, 0.04, 0.08, 0.12]
+FAINTEST = 20                                  # what the smallest, faintest object changes: a sum of squares
+
+
+@lru_cache(maxsize=1)
+def all_backgrounds():
+    """Empty scenes, of every background and shade, and their pictures (N, 3, S, S)."""
+    scenes = [toy.Scene(name, shade, ()) for name in toy.BACKGROUNDS for shade in product(SHADES, SHADES)]
+    return scenes, toy.render(scenes)
+
+
+@lru_cache(maxsize=1)
+def all_objects():
+    """White objects of every shape and size at whole pixels, and how far they cover each of the P pixels, (P, M), and its
+    square."""
+    objects = []
+    for radius in (4.5, 5.25, 6.0, 6.75, 7.5):
+        places = range(int(radius), toy.SIZE - int(radius) + 1)
+        objects += [toy.Object((255, 255, 255), *rest, radius) for rest in product(toy.SHAPES, places, places)]
+    on_black = [toy.Scene((0, 0, 0), (0.0, 0.0), (o,)) for o in objects]
+    parts = [toy.render(on_black[i:i + 1000])[:, 0].flatten(1) for i in range(0, len(on_black), 1000)]
+    cover = (torch.cat(parts) / 2 + 0.5).T.contiguous()                       # (P, M)
+    return objects, cover, cover.square()
+
+
+def read_scenes(images):
+    """The scenes that pictures (B, 3, S, S) show, a list, by matching pursuit: the background that the most pixels have,
+    then up to four objects which do not overlap, each the one that lowers the squared error most.  What explains less
+    than half of the faintest object is none."""
+    empty, pictures = all_backgrounds()
+    objects, cover, square = all_objects()
+    places = torch.tensor([(o.x, o.y, o.radius) for o in objects])            # (M, 3)
+    rgb = torch.tensor([toy.RGB[colour] for colour in toy.COLOURS]) / 127.5 - 1
+
+    scenes = []
+    for image in images.flatten(2):                                           # (3, P), in P pixels
+        row = ((pictures.flatten(2) - image).abs().mean(1) < 0.08).sum(1).argmax()
+        scene, drawn, free = empty[row], pictures[row].flatten(1), torch.ones(len(objects))
+        for _ in range(4):
+            # The error |image - drawn|^2 falls by 2 cover <image - drawn, d> - cover^2 |d|^2, where d = rgb - drawn.
+            d = rgb[:, :, None] - drawn                                       # (6, 3, P)
+            along = ((image - drawn) * d).sum(1)                              # (6, P)
+            gain = 2 * along @ cover - d.square().sum(1) @ square                 # (6, M)
+            gain, best = (gain * free).flatten().max(0)
+            if gain < FAINTEST / 2:
+                break
+            colour, row = divmod(best.item(), len(objects))
+            found = replace(objects[row], colour=list(toy.COLOURS)[colour])
+            scene = replace(scene, objects=scene.objects + (found,))
+            drawn = drawn + cover[:, row] * d[colour]
+            free *= (places[:, :2] - places[row, :2]).norm(dim=1) > places[:, 2] + found.radius - 2
+        scenes.append(scene)
+    return scenes
+
+
+def is_clean(scene, image):
+    """Whether a picture (3, S, S) shows nothing beside a scene: fewer than 12 pixels are off by more than 0.12."""
+    y, x = torch.meshgrid(*[torch.arange(toy.SIZE) + 0.5] * 2, indexing="ij")
+    off = (toy.render([scene])[0] - image).abs().mean(0) > 0.24               # (S, S)
+    for o in scene.objects:
+        off &= ((x - o.x) ** 2 + (y - o.y) ** 2).sqrt() > 1.15 * o.radius + 2     # an edge is off by half a pixel
+    return off.sum() < 12
+
+
+def judge_scenes(edits, outputs):
+    """The strict scores of edited images (B, 3, S, S): a dict of tensors (B,).
+
+    exact: 1 if the output shows the true edited scene: its background, its objects, each with its colour and shape and
+        within 3 pixels of its place, and nothing else.  What an `add` adds may be anywhere.
+    objects: the share of these objects that are there; 1 for none in a scene that should have none."""
+    exact, objects = [], []
+    scenes = [scene for part in outputs.split(100) for scene in read_scenes(part)]
+    for edit, scene, output in zip(edits, scenes, outputs):
+        there = [any(o.name == found.name and (abs(o.x - found.x) <= 3 >= abs(o.y - found.y) or
+                                               edit.kind == "add" and o is edit.edited.objects[-1])
+                     for found in scene.objects) for o in edit.edited.objects]
+        as_many = len(scene.objects) == len(there)
+        exact.append(all(there) and as_many and scene.background == edit.edited.background and is_clean(scene, output))
+        objects.append(sum(there) / len(there) if there else as_many)
+    return {"exact": torch.tensor(exact).float(), "objects": torch.tensor(objects).float()}
+
+
+# ---- distances to the true edit --------------------------------------------------------------------------------------
 
 def edit_mask(images, edited):
     """Where an edit changes an image: (B, 3, H, W) twice -> bool (B, 1, H, W)."""
@@ -46,6 +139,7 @@ def finite(scores):
 def judge(edits, images, outputs, clip):
     """Scores edited images (B, 3, S, S) by the truth: a dict of tensors (B,).  clip: a ClipScorer.
 
+    exact, objects: see `judge_scenes`.
     L1, L2: the distance to the true edit, in the range 0 to 1; inside and outside: L1 there, by the edit's mask.
     done: 1 if CLIP finds the output nearer to the edited caption than to the input's.
     right: 1 if inside the mask the output is nearer to the true edit than to the input.
@@ -57,7 +151,7 @@ def judge(edits, images, outputs, clip):
     E_caption = clip.embed_texts([e.scene.caption for e in edits])
     E_edited_caption = clip.embed_texts([e.edited.caption for e in edits])
     match, old_match = (E_output * E_edited_caption).sum(1), (E_output * E_caption).sum(1)
-    return finite({
+    return finite(judge_scenes(edits, outputs) | {
             "L1": error.mean((1, 2, 3)),
             "L2": error.square().mean((1, 2, 3)),
             "inside": mean_inside(error, mask),

@@ -1,11 +1,13 @@
 """What the toy world's truth says of edits (experiments/truth.py), and the table of it (experiments/evaluate.py)."""
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 import toy
 from experiments import evaluate
-from experiments.truth import edit_mask, judge, judge_attention
+from experiments.truth import edit_mask, is_clean, judge, judge_attention, judge_scenes, read_scenes
 from losses import ClipScorer
 from uip2p import EditModel
 
@@ -15,6 +17,85 @@ TOY = "models/toy"
 @pytest.fixture(scope="module")
 def scorer():
     return ClipScorer.from_pretrained(f"{TOY}/clip")
+
+
+# ---- reading a scene back, and the strict scores ---------------------------------------------------------------------
+
+def test_scenes_are_read_back_from_their_pictures():
+    scenes = [toy.edit("test", i, seed=5).edited for i in range(40)]
+    for scene, found in zip(scenes, read_scenes(toy.render(scenes)), strict=True):
+        assert found.background == scene.background
+        assert sorted(o.name for o in found.objects) == sorted(o.name for o in scene.objects)
+        places = {o.name: (o.x, o.y, o.radius) for o in found.objects}
+        assert all(places[o.name] == pytest.approx((o.x, o.y, o.radius), abs=1.1) for o in scene.objects)
+
+
+@pytest.fixture(scope="module")
+def two_objects():
+    """Changes of colour in scenes of two objects, and how the true edited scenes may be damaged."""
+    edits = [e for e in (toy.edit("test", i, seed=3) for i in range(0, 100, 5)) if len(e.edited.objects) == 2][:6]
+    return [e for e in edits if e.kind == "colour"]
+
+
+def strict(edits, scenes):
+    return {name: values.tolist() for name, values in judge_scenes(edits, toy.render(scenes)).items()}
+
+
+def damaged(scene, k=0, **changes):
+    changed = tuple(replace(o, **changes) if i == k else o for i, o in enumerate(scene.objects))
+    return replace(scene, objects=changed)
+
+
+def test_the_true_edit_is_exact_and_a_copy_is_not():
+    edits = [toy.edit("test", i, seed=7) for i in range(25)]
+    assert strict(edits, [e.edited for e in edits]) == {"exact": [1] * 25, "objects": [1] * 25}
+    assert strict(edits, [e.scene for e in edits])["exact"] == [0] * 25
+
+
+def test_one_thing_that_is_wrong_makes_a_scene_wrong(two_objects):
+    n = len(two_objects)
+    assert n >= 3
+    for e in two_objects:
+        for k, o in enumerate(e.edited.objects):
+            shape = next(shape for shape in toy.SHAPES if shape != o.shape)
+            colour = next(colour for colour in toy.COLOURS if colour != o.colour)
+            gone = replace(e.edited, objects=tuple(x for x in e.edited.objects if x is not o))
+            elsewhere = o.x + (5 if o.x < 16 else -5)
+            for scene in (damaged(e.edited, k, shape=shape), damaged(e.edited, k, colour=colour), gone,
+                          damaged(e.edited, k, x=elsewhere)):
+                assert strict([e], [scene]) == {"exact": [0], "objects": [.5]}
+        other = next(name for name in toy.BACKGROUNDS if name != e.edited.background)
+        assert strict([e], [replace(e.edited, background=other)]) == {"exact": [0], "objects": [1]}
+    third = [toy.truths(replace(e, kind="add", scene=e.edited, edited=replace(
+        e.edited, objects=e.edited.objects + (toy.Object("red", "cross", 0, 0, 5),))))[1] for e in two_objects]
+    assert strict(two_objects, third) == {"exact": [0] * n, "objects": [1] * n}
+
+
+def test_a_smear_that_is_no_object_makes_a_scene_wrong(two_objects):
+    for e in two_objects:
+        image = toy.render([e.edited])
+        y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+        far = torch.stack([((x - o.x) ** 2 + (y - o.y) ** 2).sqrt() > 1.15 * o.radius + 4 for o in e.edited.objects])
+        pixels = far.all(0).flatten().nonzero()[:, 0][::7]
+        assert is_clean(e.edited, image[0])
+        for count, exact in ((11, 1), (20, 0)):
+            at = image.flatten(2)[:, :, pixels[:count]]
+            smeared = image.flatten(2).index_copy(2, pixels[:count], at - .5 * at.sign()).view_as(image)
+            scores = judge_scenes([e], smeared)
+            assert scores["exact"].item() == exact and scores["objects"].item() == 1
+
+
+def test_what_is_added_may_be_anywhere_but_what_was_there_may_not():
+    edits = [e for e in (toy.edit("test", i) for i in range(40)) if e.kind == "add"]
+    places = [toy.truths(e)[-1] for e in edits]
+    assert strict(edits, places)["exact"] == [1] * len(edits)
+    first = [damaged(scene, x=scene.objects[0].x + (5 if scene.objects[0].x < 16 else -5)) for scene in places]
+    assert strict(edits, first)["exact"] == [0] * len(edits)
+
+
+def test_an_empty_scene_has_all_its_objects_only_if_none_is_there():
+    edit = next(e for e in (toy.edit("test", i) for i in range(400)) if not e.edited.objects)
+    assert strict([edit, edit], [edit.edited, edit.scene]) == {"exact": [1, 0], "objects": [1, 0]}
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
