@@ -3,6 +3,7 @@
     python -m prepare.pretrain                       # all three in turn, into models/toy
     python -m prepare.pretrain --parts vae           # one of them (text2image needs the other two)
 
+The same command goes on where it was stopped; what it has made so far is in the folder `unfinished` of the model.
 A CLIP or VAE made anew does not fit the UNets in models/toy/unet and models/toy/baseline: train these anew, too, as
 docs/evidence.md says.  Real trainings start from Stable Diffusion 1.5 and CLIP ViT-L/14 instead.  These small ones
 have the same files in the same layout, and run through the same code.
@@ -24,8 +25,9 @@ from tqdm import trange
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import toy
-from checkpoint import save_network, write_json
-from cli import Parser, about, claimed, errors, number, positive_int, sweep, unfinished
+from checkpoint import load_run, save_network, save_run, write_json
+from cli import Parser, about, claimed, errors, number, positive_int, remove, sweep, unfinished
+from data import read_json
 from losses import ClipScorer
 from train import SETTINGS, noise_error, update_average
 from uip2p import TIMESTEPS, EditModel
@@ -38,6 +40,8 @@ PARTS = {"clip": ("tokenizer", "clip", "text_encoder"), "vae": ("vae",),
          "text2image": ("scheduler", "edit_defaults.json", "text2image"), "judge": ("judge",)}
 WIDTH = 64                                # of the text encoder, hence of the UNet's context
 TOKENS = 24                               # of a text, instead of 77: the longest caption has 17
+SAVE_EVERY = 250                          # steps of a training, which goes on from there
+LATENTS = 500                             # batches of 128 scenes that text2image learns from
 TESTED = 100                              # scenes that a part is tested with
 
 # ---- sizes, and the recommendations of the toy's models ------------------------------------------------------------
@@ -109,26 +113,42 @@ def make_tokenizer(folder):
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def autocast(precision):
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+def autocast(args):
+    return torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def train(model, loss_of, steps, lr, precision, name):
-    """Minimises loss_of(step): AdamW, linear warm-up over 100 steps, then a half cosine down to zero."""
+def train(model, loss_of, steps, lr, folder, args, average=None):
+    """Minimises loss_of(step): AdamW, linear warm-up over 100 steps, then a half cosine down to zero.
+
+    folder: of the part that is made; what is done so far is kept beside it, in `<name>.run`
+    average: a copy of the model, which becomes the moving average of the weights"""
+    # ---- begin or go on
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
-    progress = trange(steps, desc=name)
+    kept, settings = folder.with_name(f"{folder.name}.run"), {"model": folder.name}
+    parts = {"model": model, "optimizer": optimizer} | ({"average": average} if average else {})
+    kept.mkdir(exist_ok=True)
+    done = load_run(kept, settings, parts).get("step", 0)
+
+    # ---- train
+    progress = trange(done, steps, initial=done, total=steps, desc=folder.name)
     for step in progress:
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        random.seed(args.seed * 1_000_003 + step)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / 100, cosine)
-        with autocast(precision):
+        with autocast(args):
             loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if average:
+            update_average(average, model, step + 1)
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % SAVE_EVERY == 0:
+            save_run(kept, settings, parts, {"step": step + 1})
 
 
 def scenes_of_edits(step, size):
@@ -155,7 +175,7 @@ def same_contents(scenes):
     return same / same.sum(1, keepdim=True)
 
 
-def pretrain_clip(folder, tokenizer, config, steps, precision):
+def pretrain_clip(folder, tokenizer, config, args):
     """Contrastive training on images and captions.  A batch holds scenes and their edits, so that near neighbours must
     be told apart.  Images that share a caption are no negatives of each other."""
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
@@ -176,7 +196,7 @@ def pretrain_clip(folder, tokenizer, config, steps, precision):
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
     # ---- train and save
-    train(clip, loss_of, steps, 1e-3, precision, folder.name)
+    train(clip, loss_of, args.clip_steps, 1e-3, folder, args)
     clip.eval().half()
     with about(f"{folder} cannot be written"):
         clip.save_pretrained(folder)
@@ -191,7 +211,7 @@ def pretrain_clip(folder, tokenizer, config, steps, precision):
     return clip
 
 
-def pretrain_vae(path, steps, precision):
+def pretrain_vae(path, args):
     """L1 reconstruction and a small KL term.  The scale of the latents is measured at the end, as Stable Diffusion's
     0.18215 was."""
     vae = VAE(AUTOENCODER)
@@ -203,17 +223,17 @@ def pretrain_vae(path, steps, precision):
         kl = (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
         return (decoded.float() - images).abs().mean() + 5e-4 * kl
 
-    train(vae, loss_of, steps, 2e-3, precision, "vae")
+    train(vae, loss_of, args.vae_steps, 2e-3, path / "vae", args)
     with torch.no_grad():
         images = toy.render([toy.edit("test", i).edited for i in range(5 * TESTED)])
         latents = vae.encode(images)
         error = (vae.decode(latents) - images).abs().mean() / 2
     vae.config["scaling_factor"] = round(1 / latents.std().item(), 5)
     save_network(vae.half(), path / "vae")
-    print(f"VAE: L1 {error:.4f} on {5 * TESTED} test scenes (range 0-1), standard deviation of the latents {latents.std():.3f}")
+    print(f"VAE: L1 {error:.4f} on {5 * TESTED} test scenes (range 0-1), deviation of the latents {latents.std():.3f}")
 
 
-def pretrain_text2image(path, steps, precision):
+def pretrain_text2image(path, args):
     """Denoising with the caption as condition; a tenth of the captions is dropped, for guidance.  What is kept is the
     moving average of the weights.  The latents of the scenes are computed once, before."""
     # ---- the model
@@ -227,15 +247,14 @@ def pretrain_text2image(path, steps, precision):
 
     # ---- the data
     captions, latents = [], []
-    with torch.no_grad(), autocast(precision):
-        for part in trange(500, desc="latents"):
+    with torch.no_grad(), autocast(args):
+        for part in trange(LATENTS, desc="latents"):
             scenes = scenes_of_edits(part, 64)
             captions += [scene.caption for scene in scenes]
             latents.append(model.encode(toy.render(scenes)).float())
-    latents = torch.cat(latents)                                              # (64000, 4, 8, 8)
+    latents = torch.cat(latents)                                              # (N, 4, h, w)
 
     def loss_of(step):
-        update_average(average, unet, step)
         rows = torch.randint(len(latents), (128,))
         context = model.encode_text([captions[i] if random.random() > 0.1 else "" for i in rows])
         z_0 = latents[rows]                                                   # (B, 4, h, w)
@@ -245,7 +264,7 @@ def pretrain_text2image(path, steps, precision):
         return noise_error(model, eps, noise, t, SETTINGS["snr_weight"][3])
 
     # ---- train and save
-    train(unet, loss_of, steps, 1e-3, precision, "text2image")
+    train(unet, loss_of, args.text2image_steps, 1e-3, path / "text2image", args, average)
     save_network(average.half(), path / "text2image")
 
     # ---- test: CLIP looks for the caption of each generated image
@@ -265,39 +284,48 @@ def make_part(part, folder, args):
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     if part == "clip":
-        tokenizer = make_tokenizer(folder / "tokenizer")
-        clip = pretrain_clip(folder / "clip", tokenizer, CLIP, args.clip_steps, args.precision)
+        clip = pretrain_clip(folder / "clip", make_tokenizer(folder / "tokenizer"), CLIP, args)
         with about(f"{folder / 'text_encoder'} cannot be written"):
             clip.text_model.save_pretrained(folder / "text_encoder")
     if part == "vae":
-        pretrain_vae(folder, args.vae_steps, args.precision)
+        pretrain_vae(folder, args)
     if part == "text2image":
-        pretrain_text2image(folder, args.text2image_steps, args.precision)
+        pretrain_text2image(folder, args)
     if part == "judge":
-        tokenizer = make_tokenizer(folder / "judge")
-        pretrain_clip(folder / "judge", tokenizer, JUDGE, args.clip_steps, args.precision)
+        pretrain_clip(folder / "judge", make_tokenizer(folder / "judge"), JUDGE, args)
 
 
 def make(args):
+    # ---- begin or go on
+    new = args.output / "unfinished"
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
     sweep(args.output)
-    with unfinished(args.output / "parts") as new:
-        # ---- the parts that are asked for, beside those that they need and that are there
-        new.mkdir()
-        for part, names in PARTS.items():
-            if part in args.parts:
-                make_part(part, new, args)
-            elif part != "judge" and "text2image" in args.parts:
-                for name in names:
-                    shutil.copytree(args.output / name, new / name)
+    new.mkdir(exist_ok=True)
+    if not (new / "settings.json").exists():
+        write_json(settings, new / "settings.json")
+    if read_json(new / "settings.json") != settings:
+        raise ValueError(f"{new} was begun with other options (see its settings.json); go on with those, or remove it")
 
-        # ---- in their place.  All old ones go first: what a kill leaves lacks parts, and does not load.
-        made, old = [name for part in args.parts for name in PARTS[part]], new / "old"
-        old.mkdir()
+    # ---- the parts that are asked for, beside those that they need and that are there
+    for part, names in PARTS.items():
+        if part in args.parts:
+            if (new / f"{part}.run").exists() or not (new / names[-1]).exists():
+                make_part(part, new, args)
+                remove(new / f"{part}.run")
+        elif part != "judge" and "text2image" in args.parts:
+            for name in names:
+                shutil.copytree(args.output / name, new / name, dirs_exist_ok=True)
+
+    # ---- in their place.  All old ones go first: what a kill leaves lacks parts, and does not load.
+    made = [name for part in args.parts for name in PARTS[part]]
+    with unfinished(args.output / "parts") as ready:
+        new.rename(ready)
+        (ready / "old").mkdir()
         for name in made:
             if (args.output / name).exists():
-                (args.output / name).rename(old / name)
+                (args.output / name).rename(ready / "old" / name)
         for name in made:
-            (new / name).rename(args.output / name)
+            (ready / name).rename(args.output / name)
 
 
 def main(argv=None):
@@ -312,7 +340,7 @@ def main(argv=None):
                    help="bf16 is faster where the CPU has AMX (%(default)s)")
     p.add_argument("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything (%(default)s)")
     args = p.parse_args(argv)
-    args.parts = set(args.parts)
+    args.parts = sorted(set(args.parts))
     for part, name in (("clip", "clip_steps"), ("vae", "vae_steps"), ("text2image", "text2image_steps")):
         asked = part in args.parts or part == "clip" and "judge" in args.parts
         if not asked and getattr(args, name) != p.get_default(name):

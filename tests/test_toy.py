@@ -1,13 +1,13 @@
 """The toy world tells the truth: captions, instructions, masks and splits agree with what is rendered."""
 import random
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
 
 import toy
 from experiments.claims import chain
@@ -216,9 +216,14 @@ def test_edits_in_turn_lead_from_scene_to_scene():
 
 # ---- the model of it -----------------------------------------------------------------------------------------------
 
-def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrain, "trange", lambda n, desc: tqdm(range(min(n, 2)), desc))
-    monkeypatch.setattr(pretrain, "TESTED", 4)
+@pytest.fixture
+def short(monkeypatch):
+    """Few scenes, and what is done is saved after each step."""
+    for name, value in (("LATENTS", 2), ("TESTED", 4), ("SAVE_EVERY", 1)):
+        monkeypatch.setattr(pretrain, name, value)
+
+
+def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, short, capsys):
     pretrain.main(["--clip-steps", "2", "--vae-steps", "2", "--text2image-steps", "2", "--output", str(tmp_path)])
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["clip", "VAE", "text2image"]
     new, shipped = (EditModel.from_pretrained(path / "text2image") for path in (tmp_path, pretrain.TOY))
@@ -231,7 +236,36 @@ def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, monkeyp
     assert stop.value.code == 2 and "make it first, with --parts clip" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("moves", range(8))
+def test_a_pretraining_that_was_stopped_goes_on(tmp_path, short, monkeypatch, capsys):
+    """Stopped in its second part, it makes the first one not again, and ends with the same bytes."""
+    command = ["--parts", "text2image", "vae", "--vae-steps", "1", "--text2image-steps", "3", "--output"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in whole, stopped:
+        for name in pretrain.PARTS["clip"]:
+            shutil.copytree(pretrain.TOY / name, folder / name)
+    pretrain.main([*command, str(whole)])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        save_run = pretrain.save_run
+
+        def stop_at_2(folder, settings, parts, run):
+            save_run(folder, settings, parts, run)
+            if run["step"] == 2:
+                raise KeyboardInterrupt
+        patch.setattr(pretrain, "save_run", stop_at_2)
+        pretrain.main([*command, str(stopped)])
+    assert {f.name for f in stopped.iterdir()} == {*pretrain.PARTS["clip"], "unfinished"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main([*command, str(stopped), "--seed", "1"])
+    assert "was begun with other options" in capsys.readouterr().err
+    monkeypatch.setattr(pretrain, "pretrain_vae", None)
+    pretrain.main([*command, str(stopped)])
+    files = [f.relative_to(whole) for f in whole.rglob("*") if f.is_file()]
+    assert sorted(files) == sorted(f.relative_to(stopped) for f in stopped.rglob("*") if f.is_file())
+    assert all((whole / f).read_bytes() == (stopped / f).read_bytes() for f in files)
+
+
+@pytest.mark.parametrize("moves", range(9))
 def test_a_new_toy_model_takes_the_place_of_the_old_one_as_a_whole(tmp_path, monkeypatch, moves):
     """Stopped between two of its renames, it leaves parts of one model only; stopped before, it leaves the old one."""
     def make_part(part, folder, args):
@@ -239,8 +273,6 @@ def test_a_new_toy_model_takes_the_place_of_the_old_one_as_a_whole(tmp_path, mon
             assert not (folder / name).exists()
             (folder / name).mkdir()
             (folder / name / "new").touch()
-        if part == "vae" and moves == 0:
-            raise KeyboardInterrupt
 
     rename, count = Path.rename, iter(range(moves))
 
@@ -257,7 +289,8 @@ def test_a_new_toy_model_takes_the_place_of_the_old_one_as_a_whole(tmp_path, mon
         patch.setattr(Path, "rename", stopped)
         pretrain.main(["--parts", "clip", "vae", "--output", str(tmp_path)])
     there = {folder.name: [file.name for file in folder.iterdir()] for folder in tmp_path.iterdir()}
-    assert there.pop("unet") == ["old"] and there.keys() <= {*parts}
+    assert there.pop("unet") == ["old"] and (there.pop("unfinished", None) is None) == (moves > 0)
+    assert there.keys() <= {*parts}
     assert len({*map(str, there.values())}) <= 1 and (moves > 0 or len(there) == 4)
-    pretrain.main(["--parts", "clip", "vae", "--output", str(tmp_path)]) if moves else None
-    assert moves == 0 or all((tmp_path / name / "new").exists() for name in parts)
+    pretrain.main(["--parts", "clip", "vae", "--output", str(tmp_path)])
+    assert all((tmp_path / name / "new").exists() for name in parts)
