@@ -6,19 +6,21 @@ export OMP_WAIT_POLICY = PASSIVE
 demo: .venv/installed
 	.venv/bin/python edit.py
 
-# Two processes side by side: half of the time goes to the tests of train.py.
-test: .venv/installed
-	$(MAKE) -j2 test-train test-others
+# Two processes side by side, which take about as long.
+SLOW = tests/test_train.py tests/test_benchmark.py
 
-test-train:
-	.venv/bin/python -m pytest -q tests/test_train.py
+test: .venv/installed
+	$(MAKE) -j2 test-slow test-others
+
+test-slow:
+	.venv/bin/python -m pytest -q $(SLOW)
 
 test-others:
-	.venv/bin/python -m pytest -q tests --ignore tests/test_train.py
+	.venv/bin/python -m pytest -q tests $(SLOW:%=--ignore=%)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.PHONY: demo test test-train test-others
+.PHONY: demo test test-slow test-others
