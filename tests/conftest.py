@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)                                      # the models are tiny
 
 GOLDEN = Path(__file__).parent / "golden"
+TEMPORARY = tempfile.TemporaryDirectory()                     # for as long as the tests run
+
+
+def small_model():
+    """The directory of the toy's editor with a UNet of a tenth of its size, with random weights: to train for a step."""
+    from checkpoint import save_network, write_json
+    from unet import UNet
+    toy, folder = Path(__file__).parent.parent / "models/toy", Path(TEMPORARY.name) / "small"
+    shutil.copytree(toy, folder, ignore=shutil.ignore_patterns("unet", "baseline", "text2image", "clip"))
+    config = json.loads((toy / "unet/config.json").read_text())
+    torch.manual_seed(0)
+    save_network(UNet(config | {"block_out_channels": [8, 16], "attention_head_dim": 2}), folder / "unet")
+    write_json(json.loads((toy / "edit_defaults.json").read_text()) | {"steps": 2}, folder / "edit_defaults.json")
+    return folder
 
 
 @pytest.fixture(scope="session")

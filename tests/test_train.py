@@ -22,6 +22,7 @@ import toy
 import train
 from checkpoint import load_run, save_log, save_run
 from cli import autocast, claimed, default_precision, replace_file
+from conftest import small_model
 from data import batches
 from losses import ClipScorer, content_words
 from pictures import save_png, to_pil
@@ -33,9 +34,10 @@ TOY = ROOT / "models/toy"
 pytestmark = pytest.mark.skipif(not (TOY / "baseline").is_dir(),
                                 reason="models/toy is not here: run python -m prepare.pretrain")
 
-TOY_UNET = ["--model", str(TOY / "baseline"), "--resolution", "32"]           # for other data than the toy world's
+SMALL = small_model()                                         # where the trainings here start
+TOY_UNET = ["--model", str(SMALL), "--resolution", "32"]      # for other data than the toy world's
 TOY_MODEL = [*TOY_UNET, "--clip", str(TOY / "clip")]
-FAST = ["--batch-size", "2", "--save-every", "2"]
+FAST = ["--model", str(SMALL), "--batch-size", "2", "--save-every", "2"]
 LOSSES = {"cycle": ["clip", "sim", "attn", "recon", "cec", "denoise", "loss"], "ip2p": ["loss"]}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 AVERAGE_EVERY = train.AVERAGE_EVERY                           # the tests have it 1
@@ -205,7 +207,7 @@ def test_what_a_run_leaves_behind(whole):
 
 
 def test_the_models_of_a_run_are_the_average_and_load(whole, clip):
-    path, saved, start = whole[0], state(whole[0]), EditModel.from_pretrained(TOY / "baseline")
+    path, saved, start = whole[0], state(whole[0]), EditModel.from_pretrained(SMALL)
     last, best = (EditModel.from_pretrained(path / name) for name in ("model", "best"))
     assert same(dict(last.unet.state_dict()), dict(saved["parts"]["average"]))
     for other in (saved["parts"]["unet"], start.unet.state_dict()):
@@ -230,7 +232,7 @@ def test_the_best_model_is_that_of_the_lowest_validation_loss(tmp_path, gradient
 
 def test_only_the_unet_trains(whole):
     path, used, clip = whole
-    start = EditModel.from_pretrained(TOY / "baseline")
+    start = EditModel.from_pretrained(SMALL)
     frozen = {"vae": (used.vae, start.vae), "text encoder": (used.text_encoder, start.text_encoder),
               "CLIP": (clip.clip, ClipScorer.from_pretrained(TOY / "clip").clip)}
     for name, (after, before) in frozen.items():
@@ -251,7 +253,7 @@ def test_cross_attention_alone_trains_and_resumes(tmp_path, plain):
     for steps in (1, 2):
         run(stopped, steps, *flags)
     assert same(state(whole), state(stopped))
-    start, parts = EditModel.from_pretrained(TOY / "baseline"), state(whole)["parts"]
+    start, parts = EditModel.from_pretrained(SMALL), state(whole)["parts"]
     for name, before in start.unet.state_dict().items():
         after, average = parts["unet"][name], parts["average"][name]
         if ".attn2." in name or name.startswith("conv_in."):
@@ -281,7 +283,7 @@ def test_two_processes_are_two_parts_of_a_step(tmp_path):
     assert said.stdout.count("parameters train") == 1 and said.stdout.count("step 2: validation") == 1
     assert {f.name for f in one.iterdir()} == {f.name for f in (tmp_path / "two").iterdir()}
     one, two = state(one), state(tmp_path / "two")
-    start = EditModel.from_pretrained(TOY / "baseline").unet.state_dict()
+    start = EditModel.from_pretrained(SMALL).unet.state_dict()
     for part in ("unet", "average"):
         (first, second), change, difference = (s["parts"][part] for s in (one, two)), 0, 0
         for k, before in start.items():
@@ -339,7 +341,7 @@ def test_the_average_moves_slowly_once_it_is_warm(monkeypatch):
 def test_checkpointing_is_for_real_data_and_trains_the_same(clip):
     gradients = []
     for flags, on in ((["--data", "photos", *TOY_MODEL, "--sharp", "0"], True), (["--sharp", "0"], False)):
-        args, model = options(*flags), EditModel.from_pretrained(TOY / "baseline")
+        args, model = options(*flags), EditModel.from_pretrained(SMALL)
         args.t_min, args.weights, args.snr_weight = 400, losses.WEIGHTS, 5
         train.prepare(model, clip, args)
         assert model.unet.checkpointing == model.vae.checkpointing == on
@@ -357,7 +359,7 @@ def test_half_precision_trains_and_resumes(tmp_path, plain):
     run(tmp_path / "whole", 3, *flags)
     for steps in (1, 3):                                      # the first step may be left out, see below
         run(tmp_path / "stopped", steps, *flags)
-    parts, start = state(tmp_path / "whole")["parts"], EditModel.from_pretrained(TOY / "baseline").unet.state_dict()
+    parts, start = state(tmp_path / "whole")["parts"], EditModel.from_pretrained(SMALL).unet.state_dict()
     assert same(state(tmp_path / "whole"), state(tmp_path / "stopped"))
     for name, weight in parts["unet"].items():
         assert weight.dtype == torch.float32 and weight.isfinite().all() and not torch.equal(weight, start[name]), name
@@ -430,7 +432,7 @@ def test_a_loss_of_ones_own(tmp_path, plain, monkeypatch):
 def test_the_baseline_trains_from_a_folder(tmp_path):
     path = run(tmp_path / "run", 2, "--objective", "ip2p", *TOY_UNET, "--data", folder(tmp_path / "data"))
     assert list(log(path)[0]) == ["step", "images", *LOSSES["ip2p"]] and len(log(path)) == 2
-    saved, start = load_file(path / "model/unet" / WEIGHTS), load_file(TOY / "baseline" / WEIGHTS)
+    saved, start = load_file(path / "model/unet" / WEIGHTS), load_file(SMALL / "unet" / WEIGHTS)
     assert not torch.equal(saved["conv_out.weight"], start["conv_out.weight"])
 
 
