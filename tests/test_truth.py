@@ -66,6 +66,8 @@ def test_one_thing_that_is_wrong_makes_a_scene_wrong(two_objects):
                 assert strict([e], [scene]) == {"exact": [0], "objects": [.5]}
         other = next(name for name in toy.BACKGROUNDS if name != e.edited.background)
         assert strict([e], [replace(e.edited, background=other)]) == {"exact": [0], "objects": [1]}
+        tinted = tuple(0.6 * a + 0.4 * b for a, b in zip(toy.RGB[e.edited.background], toy.RGB[e.subject]))
+        assert strict([e], [replace(e.edited, background=tinted)]) == {"exact": [0], "objects": [1]}
     third = [toy.truths(replace(e, kind="add", scene=e.edited, edited=replace(
         e.edited, objects=e.edited.objects + (toy.Object("red", "cross", 0, 0, 5),))))[1] for e in two_objects]
     assert strict(two_objects, third) == {"exact": [0] * n, "objects": [1] * n}
