@@ -30,8 +30,7 @@ def all_backgrounds():
 
 @lru_cache(maxsize=1)
 def all_objects():
-    """White objects of every shape and size at whole pixels, and how far they cover each of the P pixels, (P, M), and its
-    square."""
+    """M white objects of every shape and size at whole pixels; how far they cover each pixel, (P, M); its square."""
     objects = []
     for radius in (4.5, 5.25, 6.0, 6.75, 7.5):
         places = range(int(radius), toy.SIZE - int(radius) + 1)
@@ -74,8 +73,8 @@ def read_scenes(images):
 
 
 def is_clean(scene, image):
-    """Whether a picture (3, S, S) shows nothing beside a scene: of the background, half is off by less than 0.05, and all
-    but 12 pixels by less than 0.12.  Near the objects, nothing is compared: their edges are off by half a pixel."""
+    """Whether a picture (3, S, S) shows nothing beside a scene: of the background, half is off by less than 0.05, and
+    all but 12 pixels by less than 0.12.  Near objects, nothing is compared: their edges are off by half a pixel."""
     y, x = torch.meshgrid(*[torch.arange(toy.SIZE) + 0.5] * 2, indexing="ij")
     far = torch.ones(toy.SIZE, toy.SIZE, dtype=torch.bool)
     for o in scene.objects:

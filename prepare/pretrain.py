@@ -26,7 +26,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import toy
 from checkpoint import load_run, save_network, save_run, write_json
-from cli import Parser, about, claimed, errors, number, positive_int, remove, sweep, unfinished
+from cli import Parser, about, claimed, errors, number, positive_int, remove, replace_file, sweep, unfinished
 from data import read_json
 from losses import ClipScorer
 from train import SETTINGS, noise_error, update_average
@@ -229,7 +229,8 @@ def pretrain_vae(path, args):
         latents = vae.encode(images)
         error = (vae.decode(latents) - images).abs().mean() / 2
     vae.config["scaling_factor"] = round(1 / latents.std().item(), 5)
-    save_network(vae.half(), path / "vae")
+    with about(f"{path / 'vae'} cannot be written"):
+        save_network(vae.half(), path / "vae")
     print(f"VAE: L1 {error:.4f} on {5 * TESTED} test scenes (range 0-1), deviation of the latents {latents.std():.3f}")
 
 
@@ -265,7 +266,8 @@ def pretrain_text2image(path, args):
 
     # ---- train and save
     train(unet, loss_of, args.text2image_steps, 1e-3, path / "text2image", args, average)
-    save_network(average.half(), path / "text2image")
+    with about(f"{path / 'text2image'} cannot be written"):
+        save_network(average.half(), path / "text2image")
 
     # ---- test: CLIP looks for the caption of each generated image
     model = EditModel.from_pretrained(path / "text2image")
@@ -302,7 +304,7 @@ def make(args):
     sweep(args.output)
     new.mkdir(exist_ok=True)
     if not (new / "settings.json").exists():
-        write_json(settings, new / "settings.json")
+        replace_file(new / "settings.json", lambda file: write_json(settings, file))
     if read_json(new / "settings.json") != settings:
         raise ValueError(f"{new} was begun with other options (see its settings.json); go on with those, or remove it")
 

@@ -177,8 +177,8 @@ def attempt(case, folder, fixtures):
     if INTERNAL.search(last):
         return "unclear", last
     left = [path for path in changed if not re.fullmatch(case.changes, path)]
-    full = [path for path in changed if case.limit and (folder / path).is_file() and not path.endswith(".part")
-            and (folder / path).stat().st_size == case.limit]
+    full = [path for path in changed if case.limit and (folder / path).is_file()
+            and not re.search(r"\.part$|/unfinished/", path) and (folder / path).stat().st_size == case.limit]
     return left + full and ("half-written", f"{(left + full)[:6]} after: {last}")
 
 

@@ -17,7 +17,7 @@ TEMPORARY = tempfile.TemporaryDirectory()                     # for as long as t
 
 
 def small_model():
-    """The directory of the toy's editor with a UNet of a tenth of its size, with random weights: to train for a step."""
+    """The directory of the toy's editor with a UNet of a tenth of its size and random weights: to train for a step."""
     from checkpoint import save_network, write_json
     from unet import UNet
     toy, folder = Path(__file__).parent.parent / "models/toy", Path(TEMPORARY.name) / "small"
