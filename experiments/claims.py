@@ -310,8 +310,7 @@ def study(args):
           f"below {args.output}")
     sweep(args.output)
     if not (args.output / JUDGE / "model.safetensors").is_file():
-        pretrain.main(["--parts", "judge", "--seed", "1",
-                       "--output", str(args.output / JUDGE.parent)])
+        pretrain.main(["--parts", "judge", "--seed", "1", "--output", str(args.output / JUDGE.parent)])
     folders = {seed: args.output / f"seed-{seed}" for seed in args.seeds}
     train_all(folders, args)
 
