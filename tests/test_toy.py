@@ -216,6 +216,16 @@ def test_edits_in_turn_lead_from_scene_to_scene():
 
 # ---- the model of it -----------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("edits", KINDS)
+def test_the_vae_shows_the_tints_of_entangled_pairs(edits):
+    """As true as what has names: otherwise the baseline could not show its bias."""
+    vae = EditModel.from_pretrained(pretrain.TOY / "text2image").vae
+    pairs = toy.render([toy.entangled(e, random.Random(i)) for i, e in enumerate(edits[:40])])
+    with torch.no_grad():
+        shown = vae.decode(vae.encode(pairs))
+    assert (shown - pairs).abs().mean() / 2 < .02
+
+
 @pytest.fixture
 def short(monkeypatch):
     """Few scenes, and what is done is saved after each step."""
@@ -225,7 +235,7 @@ def short(monkeypatch):
 
 def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, short, capsys):
     pretrain.main(["--clip-steps", "2", "--vae-steps", "2", "--text2image-steps", "2", "--output", str(tmp_path)])
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["clip", "VAE", "text2image"]
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["clip", "VAE", "text2image", "text2image"]
     new, shipped = (EditModel.from_pretrained(path / "text2image") for path in (tmp_path, pretrain.TOY))
     assert new.defaults == shipped.defaults and new.scheduler == shipped.scheduler
     assert new.unet.config == shipped.unet.config
