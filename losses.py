@@ -12,9 +12,11 @@ import checkpoint
 
 WEIGHTS = {"clip": 1.0, "attn": 0.5, "sim": 1.0, "recon": 1.0}                # the paper's
 
-# Words that name nothing.  Verbs are no stop words here.
+# Words that name nothing, and verbs of instructions, which the background looks at, not the object.
 STOP_WORDS = set("a an the this that it its his her their and or of to in on at by for from with "
                  "into as is are be".split())
+VERBS = set("add apply change convert delete draw erase get give have insert let make move paint "
+            "place put remove replace set show swap take transform turn use".split())
 
 
 # ---- the equations of the paper ---------------------------------------------------------------
@@ -32,14 +34,13 @@ def attention_loss(forward_maps, reverse_maps):
     """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.
 
     forward_maps, reverse_maps: lists of (B, h, w), one map for each layer i
-    The paper does not say how A is scaled.  Here each map is divided by its mean; without that, the
-    loss falls when all maps fade to zero.  The sum over i is a mean here, so that the weight does
-    not depend on the number of layers."""
+    The paper does not say how A is scaled.  Here each map gets the mean 0 and the deviation 1, so
+    the loss is sqrt(2 - 2 correlation).  If maps are only divided by their means, both become flat:
+    they agree by looking nowhere (docs/choices.md).  The sum over i is a mean here, so that the
+    weight does not depend on the number of layers."""
     loss = 0
     for A_f, A_r in zip(forward_maps, reverse_maps, strict=True):
-        A_f = A_f / A_f.mean((1, 2), keepdim=True).clamp_min(1e-6)            # (B, h, w)
-        A_r = A_r / A_r.mean((1, 2), keepdim=True).clamp_min(1e-6)
-        loss = loss + rms(A_f - A_r).mean()
+        loss = loss + rms(standardise(A_f) - standardise(A_r)).mean()
     return loss / len(forward_maps)
 
 def reconstruction_loss(images, reconstructed, E_input, E_recon):
@@ -77,16 +78,23 @@ def rms(x):
     The paper does not say how its norms are scaled; like this, all resolutions are comparable."""
     return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
 
+def standardise(A):
+    """Maps (B, h, w) of mean 1 -> of mean 0 and deviation 1; what deviates by less than 1 % counts
+    as flat, and stays so."""
+    A = A - A.mean((1, 2), keepdim=True)                                      # (B, h, w)
+    return A / rms(A).clamp_min(0.01)[:, None, None]
+
 def content_words(tokenizer, ids):
-    """Token ids (B, L) -> (B, L) of 0 and 1: 1 for a word with a meaning of its own, 0 for start,
-    end, padding, stop words and punctuation."""
+    """Token ids (B, L) -> (B, L) of 0 and 1: 1 for a word that names something, and for the first
+    end token, which sums up the text; 0 for start, padding, verbs, stop words and punctuation."""
     mask = torch.zeros(ids.shape)
     for b, row in enumerate(ids.tolist()):
+        mask[b, row.index(tokenizer.eos_token_id)] = 1
         for i, token in enumerate(tokenizer.convert_ids_to_tokens(row)):
             word = token.removesuffix("</w>")         # "</w>" marks the end of a word
-            is_stop_word = token != word and word in STOP_WORDS
+            names_nothing = token != word and word in STOP_WORDS | VERBS
             is_word = row[i] not in tokenizer.all_special_ids and any(map(str.isalnum, word))
-            if is_word and not is_stop_word:
+            if is_word and not names_nothing:
                 mask[b, i] = 1
     return mask
 
@@ -94,12 +102,15 @@ def reduce_map(probs, words):
     """A^(i), one map for each image, from the probabilities (B, heads, h, w, L) of layer i.  All
     cross-attention layers of the UNet are used.  words: (B, L) of 0 and 1, the content words
 
-    The two instructions have different tokens, so the tokens are summed before the maps are
-    compared; the heads are averaged.  The paper does not say how.  A sum over all tokens is 1 at
-    every pixel.  LIME's code (arXiv 2312.09256, same first author) differs: it takes the layers of
-    16x16 and 32x32 pixels alone, leaves verbs out, and keeps the end token."""
-    counted = probs * words.to(probs)[:, None, None, None, :]                 # (B, heads, h, w, L)
-    return counted.sum(dim=-1).mean(dim=1)                                    # (B, h, w)
+    The two instructions have different tokens, so the tokens are averaged before the maps are
+    compared, and so are the heads.  The paper does not say how.  Each map is divided by its mean
+    first; otherwise the words and heads with the most attention would decide, which look
+    everywhere.  LIME's code (arXiv 2312.09256, same first author) takes the same words, but
+    the layers of 16x16 and 32x32 pixels alone, and divides by nothing."""
+    words = words.to(probs)                                                   # (B, L)
+    maps = probs / probs.mean((2, 3), keepdim=True).clamp_min(1e-6)           # (B, heads, h, w, L)
+    counted = maps.mean(1) * words[:, None, None]                             # (B, h, w, L)
+    return counted.sum(-1) / words.sum(1)[:, None, None]                      # (B, h, w)
 
 @torch.no_grad()
 def edit_region(model, images, edited, instructions, t=500):
