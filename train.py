@@ -28,19 +28,18 @@ from shards import open_data
 from uip2p import TIMESTEPS, EditModel, cycle
 
 SD15, VIT_L = "stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"
-TOY_WEIGHTS = {"clip": 3.0, "attn": 0.2, "sim": 2.0, "recon": 0.5}
 
 #             the paper  your data  the toy world      its baseline, --objective ip2p
 SETTINGS = {                                   # that depend on the data
     "model":      (SD15,   SD15,   TOY + "/baseline", TOY + "/text2image"),    # where it starts
     "clip":       (VIT_L,  VIT_L,  TOY + "/clip",     None),    # the CLIP of the losses
-    "steps":      (11_000, 11_000, 800,               2000),    # of the optimizer
-    "batch_size": (768,    8,      16,                64),      # images in a step
-    "lr":         (5e-5,   5e-5,   1e-4,              1e-3),    # InstructPix2Pix: 1e-4, no warm-up
+    "steps":      (11_000, 11_000, 300,               1500),    # of the optimizer
+    "batch_size": (768,    8,      8,                 64),      # images in a step
+    "lr":         (5e-5,   5e-5,   2e-4,              1e-3),    # InstructPix2Pix: 1e-4, no warm-up
     "resolution": (None,   256,    32,                32),      # InstructPix2Pix has 256
-    "weights":    (WEIGHTS, WEIGHTS, TOY_WEIGHTS,     None),    # of the losses
+    "weights":    (WEIGHTS, WEIGHTS, WEIGHTS,         None),    # of the losses
     "t_min":      (0,      0,      400,               None),    # the smallest t of a forward edit
-    "sharp":      (0,      0,      5,                 None),    # see uip2p.cycle
+    "sharp":      (0,      0,      0,                 None),    # see uip2p.cycle
     "snr_weight": (None,   None,   5,                 5),       # see noise_error
 }
 LR_WARMUP, WEIGHT_DECAY, MAX_NORM = 100, 0.01, 1.0      # not in the paper, as all that follows
@@ -66,7 +65,7 @@ def parse(argv):
     add("--clip", "directory or hub id of the CLIP that judges")
     add("--weights", "of the losses, as attn=0", nargs="+", type=named_float)
     add("--warmup", "first steps, denoising alone: text-to-image", 0, type=number(int, 0, 10 ** 9))
-    add("--sharp", "steps of a sampled edit; 0: the one-step estimate", type=number(int, 0, 999))
+    add("--sharp", "predictions of a sharp edit; 0: the one-step estimate", type=number(int, 0, 999))
     add("--train", "the whole UNet or a part", "all", choices=("all", "cross-attention"))
     add("--steps", "of the optimizer", type=positive_int)
     add("--batch-size", "images in a forward pass", type=positive_int)
@@ -91,7 +90,7 @@ def parse(argv):
     for name, row in SETTINGS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, row[column])
-    args.weights = None if supervised else WEIGHTS | SETTINGS["weights"][column] | given
+    args.weights = None if supervised else WEIGHTS | given
     args.clip = None if supervised else args.clip
     args.precision = args.precision or default_precision(args.device)
     return p, args

@@ -194,7 +194,7 @@ def test_what_a_run_leaves_behind(whole):
     assert [list(row) for row in rows] == [["step", "images", *LOSSES["cycle"]]] * 4
     assert [(row["step"], row["images"]) for row in rows] == [(1, 2), (2, 4), (3, 6), (4, 8)]
     for row in rows:
-        cec = 3 * row["clip"] + 0.2 * row["attn"] + 2 * row["sim"] + 0.5 * row["recon"]
+        cec = row["clip"] + 0.5 * row["attn"] + row["sim"] + row["recon"]
         assert row["cec"] == pytest.approx(cec, abs=1e-3)
         assert row["loss"] == pytest.approx(row["cec"] + row["denoise"], abs=1e-3)
     sizes = {}
@@ -423,7 +423,7 @@ def test_a_loss_of_ones_own(tmp_path, plain, monkeypatch):
     for flags, weight in (((), 1), (("--weights", "mine=2"), 2)):
         (row,) = log(run(tmp_path / str(weight), 1, "--sharp", 0, *flags))
         assert row["mine"] > 0.1
-        cec = 3 * row["clip"] + 0.2 * row["attn"] + 2 * row["sim"] + 0.5 * row["recon"] + weight * row["mine"]
+        cec = row["clip"] + 0.5 * row["attn"] + row["sim"] + row["recon"] + weight * row["mine"]
         assert row["cec"] == pytest.approx(cec, abs=1e-3)
 
 
@@ -522,15 +522,12 @@ def test_every_option_shows_the_default_that_holds(capsys):
 
 
 def test_weights_name_losses_and_keep_the_others():
-    """The paper's, but in the toy world."""
-    real = ("--data", "photos")
-    assert options(*real).weights == losses.WEIGHTS == {"clip": 1, "attn": 0.5, "sim": 1, "recon": 1}
-    assert options(*real, "--weights", "attn=0").weights == {"clip": 1, "attn": 0, "sim": 1, "recon": 1}
-    several = options(*real, "--weights", "sim=0.25", "clip=3").weights
+    """The paper's."""
+    assert options().weights == losses.WEIGHTS == {"clip": 1, "attn": 0.5, "sim": 1, "recon": 1}
+    assert options("--weights", "attn=0").weights == {"clip": 1, "attn": 0, "sim": 1, "recon": 1}
+    several = options("--weights", "sim=0.25", "clip=3").weights
     assert several == {"clip": 3, "attn": 0.5, "sim": 0.25, "recon": 1}
-    assert options().weights == {"clip": 3, "attn": 0.2, "sim": 2, "recon": 0.5}
-    assert options("--weights", "attn=0").weights == {"clip": 3, "attn": 0, "sim": 2, "recon": 0.5}
-    assert losses.WEIGHTS["attn"] == 0.5 and train.TOY_WEIGHTS["attn"] == 0.2   # and the tables stay
+    assert losses.WEIGHTS["attn"] == 0.5                                      # and the table stays
 
 
 def test_the_settings_of_the_data_are_defaults_that_flags_overrule():
@@ -538,9 +535,9 @@ def test_the_settings_of_the_data_are_defaults_that_flags_overrule():
         args = vars(options(*flags))
         for name, row in train.SETTINGS.items():
             assert args[name] == row[column], (flags, name)
-    args = options("--steps", 7, "--sharp", 0, "--lr", 0, "--model", "elsewhere")
-    assert (args.steps, args.sharp, args.lr, args.model) == (7, 0, 0, "elsewhere")
-    assert args.t_min == 400 and args.batch_size == 16
+    args = options("--steps", 7, "--sharp", 3, "--lr", 0, "--model", "elsewhere")
+    assert (args.steps, args.sharp, args.lr, args.model) == (7, 3, 0, "elsewhere")
+    assert args.t_min == 400 and args.batch_size == 8
 
 
 def test_the_baseline_needs_no_clip():
@@ -860,7 +857,7 @@ def test_the_loss_of_one_batch_falls(model, objective):
     """Of the cycle, that of its warm-up: the others take more steps to fall than a test has time for."""
     args = options("--objective", objective, "--batch-size", "4")
     batch = next(batches(open_data(args)[0], 4, seed=0))
-    optimizer, values = torch.optim.Adam(model.unet.parameters(), 1e-3), []
+    optimizer, values = torch.optim.Adam(model.unet.parameters(), 3e-4), []
     for _ in range(12):
         out = train.compute_losses(model, None, batch, args, torch.Generator().manual_seed(0), warming_up=True)
         optimizer.zero_grad()
@@ -909,7 +906,7 @@ def test_what_the_cycle_and_its_losses_are_given(model, monkeypatch):
     assert (captions, edited_captions) == (batch.captions, batch.edited_captions)
     for words, texts in ((forward_words, batch.instructions), (reverse_words, batch.reverse_instructions)):
         assert torch.equal(words, content_words(model.tokenizer, model.tokenize(texts)))
-    assert not torch.equal(forward_words, reverse_words) and weights == train.TOY_WEIGHTS | {"sim": 7}
+    assert not torch.equal(forward_words, reverse_words) and weights == losses.WEIGHTS | {"sim": 7}
 
 
 def test_conditioning_dropout(model):
