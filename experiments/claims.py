@@ -1,7 +1,7 @@
 """Decides the paper's claims in the toy world: trains the editors they compare, several seeds of each, and judges them.
 
     python -m experiments.claims                              # five seeds, two trainings side by side: some hours
-    python -m experiments.claims --seeds 0 --output runs/one  # one seed
+    python -m experiments.claims --seeds 0 --times 3 --output runs/longer      # one seed, thrice the steps
 
 Every training has its folder below --output, with scores.json once it is judged: the same command resumes.  The end is
 claims.md, .json and .png there.  The CLIP that judges is not the one that trained: it has another seed and another
@@ -9,6 +9,7 @@ architecture.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -34,13 +35,14 @@ from prepare import pretrain
 from uip2p import EditModel
 
 JUDGE = Path("judge/judge")                    # the CLIP that judges, in the folder of all
-STEPS, SCENES = 15, 150                        # denoising steps and test scenes of a score
+STEPS, SCENES = 10, 150                        # denoising steps and test scenes of a score
+FEW = 50                                       # scenes of other numbers of steps, and of several edits
 SHOWN = 6                                      # edits in the picture
-STRONG = {"text_guidance": 3.0, "image_guidance": 1.5}    # the toy's models recommend 1.5 and 1.2
 
 # {run: (its title, the arguments of train.py)}.  All else is as the toy's usual training has it.
-ON = ["--model", "{folder}/baseline/model", "--steps", "300"]
+ON = ["--model", "{start}/baseline/model", "--steps", "300"]
 RUNS = {
+    "control": ("control: supervised, on true pairs", ["--objective", "ip2p"]),
     "baseline": ("baseline: supervised, on entangled pairs", ["--objective", "ip2p"]),
     "scratch": ("scratch: the cycle from text-to-image, after 1000 steps of denoising",
                 ["--model", f"{train.TOY}/text2image", "--warmup", "1000", "--steps", "1300"]),
@@ -51,14 +53,15 @@ RUNS = {
     # What the cycle's steps would do without the cycle: as many images by the same learning rate.
     "denoise": ("denoise: from the baseline, the part that denoises the input", [*ON, "--warmup", "300"]),
     "pairs": ("pairs: from the baseline, more pairs",
-              [*ON, "--objective", "ip2p", "--batch-size", "16", "--lr", "1e-4"]),
+              [*ON, "--objective", "ip2p", "--batch-size", "8", "--lr", "2e-4"]),
 }
-FIRST = ("baseline", "scratch")                # the others start from the baseline
+SUPERVISED = {"control": 1, "baseline": 2}     # of how many of the seeds; the others start from these in turn
+FIRST = (*SUPERVISED, "scratch")               # the others start from the baseline
 
 # the columns of the report
 EDITS = ("exact", "objects", "L1", "L2", "inside", "outside", "done", "right", "CLIP-I", "CLIP-T", "direction")
-MORE = ("L1, 5 steps", "L1, 50 steps", "right, 5 steps", "right, 50 steps", "L1, strong", "right, strong",
-        "L1, 3 turns", "right, 3 turns", "round trip")
+MORE = ("exact, 5 steps", "exact, 50 steps", "L1, 5 steps", "L1, 50 steps", "exact, 3 turns", "L1, 3 turns",
+        "round trip")
 MAPS = ("A_f IoU", "A_f pointing", "A_r IoU", "A_r pointing", "agreement", "mask")
 
 
@@ -76,22 +79,24 @@ class Claim:
 CLAIMS = (
     Claim("without supervision, nearer to the true edit than the baseline", "L1 0.112 to 0.062", "L1", -1,
           "scratch", "baseline"),
-    Claim("and it follows more instructions", "figure only", "right", 1, "scratch", "baseline"),
+    Claim("and it follows more instructions", "figure only", "exact", 1, "scratch", "baseline"),
     Claim("the cycle undoes the baseline's bias", "figure only", "outside", -1, "attn", "baseline"),
     Claim("nearer to the true edit", "L1 0.112 to 0.062", "L1", -1, "attn", "baseline"),
     Claim("", "CLIP-I 0.852 to 0.932", "CLIP-I", 1, "attn", "baseline"),
     Claim("nearer to the caption", "CLIP-T 0.276 to 0.296", "CLIP-T", 1, "attn", "baseline"),
-    Claim("and it follows more instructions", "direction 0.151 to 0.159", "right", 1, "attn", "baseline"),
+    Claim("and it follows more instructions", "direction 0.151 to 0.159", "exact", 1, "attn", "baseline"),
     Claim("nearer than by as many steps of denoising alone", "not made", "L1", -1, "attn", "denoise"),
-    Claim("and right more often", "not made", "right", 1, "attn", "denoise"),
+    Claim("and exact more often", "not made", "exact", 1, "attn", "denoise"),
     Claim("nearer than by as many steps on pairs", "not made", "L1", -1, "attn", "pairs"),
-    Claim("and right more often", "not made", "right", 1, "attn", "pairs"),
+    Claim("and exact more often", "not made", "exact", 1, "attn", "pairs"),
     Claim("three edits in turn come nearer, too", "L1 0.158 to 0.098", "L1, 3 turns", -1, "attn", "baseline"),
-    Claim("and are right more often", "not made", "right, 3 turns", 1, "attn", "baseline"),
+    Claim("and are exact more often", "not made", "exact, 3 turns", 1, "attn", "baseline"),
     Claim("L_sim preserves more", "L1 0.117 to 0.089", "L1", -1, "sim", "base"),
+    Claim("and more edits are exact", "not made", "exact", 1, "sim", "base"),
     Claim("", "CLIP-I 0.878 to 0.906", "CLIP-I", 1, "sim", "base"),
     Claim("for less of the caption", "CLIP-T 0.309 to 0.301", "CLIP-T", -1, "sim", "base"),
     Claim("L_attn preserves more", "L1 0.089 to 0.062", "L1", -1, "attn", "sim"),
+    Claim("and more edits are exact", "not made", "exact", 1, "attn", "sim"),
     Claim("", "CLIP-I 0.906 to 0.932", "CLIP-I", 1, "attn", "sim"),
     Claim("for less of the caption", "CLIP-T 0.301 to 0.296", "CLIP-T", -1, "attn", "sim"),
     Claim("both edits look at the same region", "figure only", "agreement", 1, "attn", "sim"),
@@ -142,15 +147,15 @@ def measure(model, clip):
     outputs = sample(model, images, instructions)
     scores = judge(edits, images, outputs, clip)
 
-    # ---- other numbers of steps, stronger guidance
-    for name, settings in (("5 steps", {"steps": 5}), ("50 steps", {"steps": 50}), ("strong", STRONG)):
-        others = judge(edits, images, sample(model, images, instructions, **settings), clip)
-        scores |= {f"{score}, {name}": others[score] for score in ("L1", "right")}
-    scores["lost in 5 steps"] = scores["right, 50 steps"] - scores["right, 5 steps"]
+    # ---- other numbers of steps
+    for steps in (5, 50):
+        others = judge(edits[:FEW], images[:FEW], sample(model, images[:FEW], instructions[:FEW], steps), clip)
+        scores |= {f"{score}, {steps} steps": others[score] for score in ("L1", "exact")}
+    scores["lost in 5 steps"] = scores["exact, 50 steps"] - scores["exact, 5 steps"]
 
     # ---- the way back
-    undone = sample(model, outputs, [e.reverse_instruction for e in edits], seed=1)
-    scores["round trip"] = (undone - images).abs().mean((1, 2, 3)) / 2
+    undone = sample(model, outputs[:FEW], [e.reverse_instruction for e in edits[:FEW]], seed=1)
+    scores["round trip"] = (undone - images[:FEW]).abs().mean((1, 2, 3)) / 2
 
     # ---- attention, but not of edits of the background, whose mask is most of the image
     local = [i for i, e in enumerate(edits) if e.kind != "background"]
@@ -162,13 +167,13 @@ def measure(model, clip):
 
 def measure_turns(model, clip):
     """The scores of three edits in turn."""
-    chains = [chain("test", i) for i in range(SCENES)]
+    chains = [chain("test", i) for i in range(FEW)]
     whole = [toy.Edit("chain", edits[0].scene, edits[-1].edited, "", "", "") for edits in chains]
     images = outputs = toy.render([edit.scene for edit in whole])
     for turn, edits in enumerate(zip(*chains)):
         outputs = sample(model, outputs, [e.instruction for e in edits], seed=turn)
     scores = judge(whole, images, outputs, clip)
-    return {f"{score}, 3 turns": scores[score] for score in ("L1", "right")}
+    return {f"{score}, 3 turns": scores[score] for score in ("L1", "exact")}
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -204,12 +209,13 @@ def table(columns, rows):
 
 def report(scores, references):
     """The lines of claims.md, from {run: {score: [a value for each seed]}} and {what is no run: {score: value}}."""
-    seeds = len(scores["baseline"]["L1"])
+    seeds = len(scores["attn"]["L1"])
     rows = {title: scores[run] for run, (title, _) in RUNS.items()}
     single = {name: {column: [row[column]] for column in EDITS} for name, row in references.items()}
-    lines = [f"{seeds} seeds of the training, mean ± standard deviation over them; the same for all are the CLIP, VAE "
-             "and UNet that", f"they start from, the judge and its {SCENES} held-out scenes.  {STEPS} steps unless a "
-             "column says otherwise.", "",
+    few = " and ".join(f"{len(scores[run]['L1'])} of the {run}" for run in SUPERVISED)
+    lines = [f"{seeds} seeds of the training, but {few}: mean ± standard deviation over them.  The same for all are",
+             f"the CLIP, VAE and UNet that they start from, the judge and its {SCENES} held-out scenes.  {STEPS} steps",
+             f"unless a column says otherwise; the second table has the first {FEW} scenes.", "",
              *table(EDITS, single | rows), *table(MORE, rows), *table(MAPS, rows),
              "The column *the paper* has MagicBrush's photographs, judged by CLIP ViT-B/32, after 11,000 steps of 768 "
              "images; its baseline", "is InstructPix2Pix.  So only the sign of a difference can be compared with it, "
@@ -220,7 +226,7 @@ def report(scores, references):
     for claim in CLAIMS:
         ours = scores[claim.run]
         other = ours["mask"] if claim.other == "mask" else scores[claim.other][claim.score]
-        differences = [a - b for a, b in zip(ours[claim.score], other)]
+        differences = [a - b for a, b in zip(ours[claim.score], itertools.cycle(other))]      # of the same baseline
         either_side = f"± {margin(differences):.3f}" if seeds > 1 else ""
         agree = sum(difference * claim.sign > 0 for difference in differences)
         lines.append(f"| {claim.text} | {claim.paper} | {claim.score}: {claim.run} - {claim.other} | "
@@ -244,7 +250,7 @@ def references(clip):
 
 
 def picture(folder):
-    """The first test scenes, as each run of a seed edits them."""
+    """The first test scenes, as each run of the first seed edits them."""
     edits = [toy.edit("test", i) for i in range(SHOWN)]
     images, instructions = toy.render([e.scene for e in edits]), [e.instruction for e in edits]
     columns = {"input": images}
@@ -257,17 +263,36 @@ def picture(folder):
 
 # ---- the trainings ---------------------------------------------------------------------------------------------------
 
-def fulfil(name, folder, seed, judge_path, on):
-    """Trains a run of a seed and judges it; what is there is kept.  All output goes into the run's log.txt."""
+def arguments(name, seed, start, times):
+    """The arguments of train.py for a run, from the baseline in the folder `start`, of `times` RUNS' steps."""
+    given = [argument.replace("{start}", str(start)) for argument in RUNS[name][1]]
+    if "--steps" in given:
+        at = given.index("--steps") + 1
+        given[at] = str(int(given[at]) * times)
+    return [*given, "--seed", str(seed), "--save-every", "150"]
+
+
+@contextlib.contextmanager
+def biases(leak, drift):
+    """Inside, the pairs of the toy world have these."""
+    before = toy.LEAK, toy.DRIFT
+    toy.LEAK, toy.DRIFT = leak, drift
+    try:
+        yield
+    finally:
+        toy.LEAK, toy.DRIFT = before
+
+
+def fulfil(name, folder, given, judge_path, on):
+    """Trains a run and judges it; what is there is kept.  All output goes into the run's log.txt."""
     output = folder / name
-    given = [argument.replace("{folder}", str(folder)) for argument in RUNS[name][1]]
-    given += ["--seed", str(seed), "--device", on]
     file = output / "scores.json"
     output.mkdir(parents=True, exist_ok=True)
     if not file.is_file():
         with open(output / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                train.main([*given, "--output", str(output)])
+                with biases(0, 0) if name == "control" else contextlib.nullcontext():
+                    train.main([*given, "--device", on, "--output", str(output)])
             except SystemExit:
                 raise ValueError(f"a training stopped; the end of {output / 'log.txt'} says why") from None
             clip = ClipScorer.from_pretrained(judge_path)
@@ -280,19 +305,22 @@ def fulfil(name, folder, seed, judge_path, on):
 
 def train_all(folders, args):
     """Trains and judges all runs of all seeds; folders: {seed: its folder}.  The first that fails ends it."""
+    baselines = itertools.cycle(list(folders)[:SUPERVISED["baseline"]])
+    starts = dict(zip(folders, baselines))     # {seed: that of its baseline}
+    wanted = [(name, seed) for name in RUNS for seed in list(folders)[:SUPERVISED.get(name)]]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // args.jobs, 1)))        # of each training
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     jobs = {}                                  # {a training: its run and seed}
     with (ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool,
-          tqdm(total=len(RUNS) * len(folders), desc="trainings") as bar):
+          tqdm(total=len(wanted), desc="trainings") as bar):
 
-        def begin(names, seed):
-            for name in names:
-                job = pool.submit(fulfil, name, folders[seed], seed, args.output / JUDGE, args.device)
+        def begin(runs):
+            for name, seed in runs:
+                given = arguments(name, seed, folders[starts[seed]], args.times)
+                job = pool.submit(fulfil, name, folders[seed], given, args.output / JUDGE, args.device)
                 jobs[job] = name, seed
 
-        for seed in folders:
-            begin(FIRST, seed)
+        begin([(name, seed) for name, seed in wanted if name in FIRST])
         try:
             while jobs:
                 for job in wait(jobs, return_when=FIRST_COMPLETED).done:
@@ -300,14 +328,14 @@ def train_all(folders, args):
                     job.result()                                  # or its error
                     bar.update()
                     if name == "baseline":
-                        begin([run for run in RUNS if run not in FIRST], seed)
+                        begin([(run, of) for run, of in wanted if run not in FIRST and starts[of] == seed])
         finally:
             pool.shutdown(cancel_futures=True)                    # after an error, those that have begun still end
 
 
 def study(args):
-    print(f"{len(args.seeds)} seeds of {len(RUNS)} trainings, {args.jobs} side by side on {args.device}, "
-          f"below {args.output}")
+    print(f"seeds {', '.join(map(str, args.seeds))} of {len(RUNS)} trainings, {args.jobs} side by side on "
+          f"{args.device}, below {args.output}")
     sweep(args.output)
     if not (args.output / JUDGE / "model.safetensors").is_file():
         pretrain.main(["--parts", "judge", "--seed", "1", "--output", str(args.output / JUDGE.parent)])
@@ -316,7 +344,8 @@ def study(args):
 
     scores = {}
     for run in RUNS:
-        files = [folder / run / "scores.json" for folder in folders.values()]
+        of = args.seeds[:SUPERVISED.get(run)]
+        files = [folders[seed] / run / "scores.json" for seed in of]
         with about(f"a scores.json of {run} is damaged; remove it, and it is made again"):
             rows = [read_json(file)["scores"] for file in files]
             scores[run] = {name: [row[name] for row in rows] for name in rows[0]}
@@ -331,6 +360,7 @@ def study(args):
 def main(argv=None):
     p = Parser("experiments.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=seed_int, nargs="+", default=list(range(5)), help="of the trainings (0 1 2 3 4)")
+    p.add_argument("--times", type=number(int, 1, 100), default=1, help="the steps of the cycles (%(default)s)")
     p.add_argument("--jobs", type=number(int, 1, 64), default=2, help="trainings side by side (%(default)s)")
     p.add_argument("--output", type=Path, default=Path("runs/claims"), help="(%(default)s)")
     p.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")

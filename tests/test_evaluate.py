@@ -267,7 +267,7 @@ def test_single_turns_start_from_true_inputs_and_multi_turns_from_the_last_outpu
     third = read_magicbrush(brush)[1][2]
     for source, output in ((third.input, "1001_inde_3"), (folder / "1001/1001_iter_2.png", "1001_iter_3")):
         with Image.open(source) as picture:                   # 48x32, or the output before, which is of the edit's size
-            ImageOps.fit(picture, (32, 24), Image.Resampling.LANCZOS).save(tmp_path / "i.png")
+            ImageOps.fit(picture, (36, 24), Image.Resampling.LANCZOS).save(tmp_path / "i.png")
         edit.main(["--input", str(tmp_path / "i.png"), "--edit", third.instruction, "--output", str(tmp_path / "o.png"),
                    "--model", str(MODEL), "--steps", "2"])
         alone, ours = (load_image(path) for path in (tmp_path / "o.png", folder / f"1001/{output}.png"))
