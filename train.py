@@ -65,7 +65,7 @@ def parse(argv):
     add("--clip", "directory or hub id of the CLIP that judges")
     add("--weights", "of the losses, as attn=0", nargs="+", type=named_float)
     add("--warmup", "first steps, denoising alone: text-to-image", 0, type=number(int, 0, 10 ** 9))
-    add("--sharp", "predictions of a sharp edit; 0: the one-step estimate", type=number(int, 0, 999))
+    add("--sharp", "predictions of an edit; 0: the one-step estimate", type=number(int, 0, 999))
     add("--train", "the whole UNet or a part", "all", choices=("all", "cross-attention"))
     add("--steps", "of the optimizer", type=positive_int)
     add("--batch-size", "images in a forward pass", type=positive_int)
