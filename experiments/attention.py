@@ -19,7 +19,7 @@ import toy
 from cli import Parser, errors, number
 from edit import TOY, load_editor
 from experiments.truth import edit_mask, iou
-from losses import STOP_WORDS, VERBS
+from losses import STOP_WORDS, VERBS, reduce_map
 
 KINDS = ("colour", "shape", "remove", "add")   # the mask of a background is most of the image
 T, TIMESTEPS = 500, (100, 300, 500, 700, 900)
@@ -63,11 +63,6 @@ def each_word(probs, words):
     return (maps * words[:, None, None]).sum(-1) / words.sum(1)[:, None, None]
 
 
-def each_head(probs, words):
-    """The same for each head, so that all heads count alike, too."""
-    return each_word(probs / probs.mean((2, 3), keepdim=True).clamp_min(1e-6), words)
-
-
 def standardised(probs, words):
     """Each word's map has mean 0 and deviation 1 before they are averaged."""
     maps = probs.mean(1)
@@ -75,7 +70,7 @@ def standardised(probs, words):
     return (maps * words[:, None, None]).sum(-1) / words.sum(1)[:, None, None]
 
 
-REDUCTIONS = {"summed": summed, "each word by its mean": each_word, "each head by its mean": each_head,
+REDUCTIONS = {"summed": summed, "each word by its mean": each_word, "each head by its mean": reduce_map,
               "each word standardised": standardised}
 
 

@@ -66,7 +66,8 @@ def test_reduce_map_by_hand():
     words = torch.tensor([[0.0, 1, 0, 1, 0], [0, 0, 1, 0, 0]])
     A = reduce_map(probs, words)
     assert A.shape == (2, 2, 4)
-    means = {(head, word): sum(probs[0, head, :, :, word].flatten().tolist()) / 8 for head in range(3) for word in (1, 3)}
+    means = {(head, word): sum(probs[0, head, :, :, word].flatten().tolist()) / 8
+             for head in range(3) for word in (1, 3)}
     for y in range(2):
         for x in range(4):
             by_hand = sum(probs[0, head, y, x, word].item() / mean for (head, word), mean in means.items()) / 6

@@ -235,7 +235,8 @@ def short(monkeypatch):
 
 def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, short, capsys):
     pretrain.main(["--clip-steps", "2", "--vae-steps", "2", "--text2image-steps", "2", "--output", str(tmp_path)])
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["clip", "VAE", "text2image", "text2image"]
+    said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["clip", "VAE", "text2image", "text2image"]
     new, shipped = (EditModel.from_pretrained(path / "text2image") for path in (tmp_path, pretrain.TOY))
     assert new.defaults == shipped.defaults and new.scheduler == shipped.scheduler
     assert new.unet.config == shipped.unet.config
