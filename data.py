@@ -192,13 +192,14 @@ class ToyWorld(Source):
     """Edits of the toy world, rendered when they are asked for; with `pairs`, entangled pairs."""
     def __init__(self, split, size, seed=0, pairs=False):
         super().__init__(range(size), toy.SIZE, seed, pairs)
-        self.split = split
+        self.split, self.biases = split, toy.BIASES
 
     def load(self, epoch, index):
         edit = toy.edit(self.split, index, self.seed)
         scenes = [edit.scene]
         if self.pairs:
-            scenes.append(toy.entangled(edit, random.Random(f"{self.seed} {index}")))
+            rng = random.Random(f"{self.seed} {index}")
+            scenes.append(toy.entangled(edit, rng, self.biases))
         texts = edit.scene.caption, edit.instruction, edit.edited.caption, edit.reverse_instruction
         return toy.render(scenes), texts
 

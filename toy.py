@@ -19,7 +19,7 @@ RGB = COLOURS | BACKGROUNDS
 LOOKS = list(product(COLOURS, SHAPES))         # of objects: (colour, shape)
 KINDS = ("colour", "background", "shape", "remove", "add")        # of edits
 SPLITS = ("train", "validation", "test")
-LEAK, DRIFT = 0.4, 2                           # the biases of an entangled pair; 0: a true pair
+BIASES = 0.4, 2                                # of an entangled pair; 0, 0: a true pair
 
 
 @dataclass(frozen=True)
@@ -135,19 +135,21 @@ def edit(split, index, seed=0):
         if made and (made.scene.held_out or made.edited.held_out) == (split == "test"):
             return made
 
-def entangled(sample, rng):
+def entangled(sample, rng, biases=BIASES):
     """The edited scene with the biases of Prompt-to-Prompt's pairs (the paper's figure 2): a part
-    LEAK of the new colour is in the background, or of a new background in the objects, and all
-    objects drift by up to DRIFT pixels."""
-    def leak(colour):
-        return tuple(a + LEAK * (b - a) for a, b in zip(RGB[colour], RGB[sample.subject]))
+    of the new colour leaks into the background, or of a new background into the objects, and all
+    objects drift by up to some pixels; biases: this part and these pixels."""
+    leak, drift = biases
+
+    def leaked(colour):
+        return tuple(a + leak * (b - a) for a, b in zip(RGB[colour], RGB[sample.subject]))
 
     scene, objects = sample.edited, []
     into_objects = sample.kind == "background"
     for o in scene.objects:
-        moved = replace(o, x=o.x + rng.uniform(-DRIFT, DRIFT), y=o.y + rng.uniform(-DRIFT, DRIFT))
-        objects.append(replace(moved, colour=leak(o.colour)) if into_objects else moved)
-    background = scene.background if into_objects else leak(scene.background)
+        moved = replace(o, x=o.x + rng.uniform(-drift, drift), y=o.y + rng.uniform(-drift, drift))
+        objects.append(replace(moved, colour=leaked(o.colour)) if into_objects else moved)
+    background = scene.background if into_objects else leaked(scene.background)
     return replace(scene, objects=tuple(objects), background=background)
 
 def truths(sample):

@@ -37,9 +37,7 @@ SETTINGS = {                                   # that depend on the data
     "batch_size": (768,    8,      8,                 64),      # images in a step
     "lr":         (5e-5,   5e-5,   2e-4,              1e-3),    # InstructPix2Pix: 1e-4, no warm-up
     "resolution": (None,   256,    32,                32),      # InstructPix2Pix has 256
-    "weights":    (WEIGHTS, WEIGHTS, WEIGHTS,         None),    # of the losses
     "t_min":      (0,      0,      400,               None),    # the smallest t of a forward edit
-    "sharp":      (0,      0,      0,                 None),    # see uip2p.cycle
     "snr_weight": (None,   None,   5,                 5),       # see noise_error
 }
 LR_WARMUP, WEIGHT_DECAY, MAX_NORM = 100, 0.01, 1.0      # not in the paper, as all that follows
@@ -63,9 +61,8 @@ def parse(argv):
     add("--objective", "the paper's, or the supervised one", "cycle", choices=("cycle", "ip2p"))
     add("--model", "directory or hub id of the start")
     add("--clip", "directory or hub id of the CLIP that judges")
-    add("--weights", "of the losses, as attn=0", nargs="+", type=named_float)
+    add("--weights", "of the losses, as attn=0", WEIGHTS, nargs="+", type=named_float)
     add("--warmup", "first steps, denoising alone: text-to-image", 0, type=number(int, 0, 10 ** 9))
-    add("--sharp", "predictions of an edit; 0: the one-step estimate", type=number(int, 0, 999))
     add("--train", "the whole UNet or a part", "all", choices=("all", "cross-attention"))
     add("--steps", "of the optimizer", type=positive_int)
     add("--batch-size", "images in a forward pass", type=positive_int)
@@ -80,10 +77,10 @@ def parse(argv):
 
     # ---- what the data and the objective decide
     supervised, toy = args.objective == "ip2p", args.data == ["toy"]
-    for name in ("clip", "weights", "warmup", "sharp") if supervised else ():
+    for name in ("clip", "weights", "warmup") if supervised else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name} has no effect with --objective ip2p")
-    given = dict(args.weights or [])
+    given = dict(args.weights)
     for name in given.keys() - WEIGHTS.keys():
         p.error(f"--weights {name}: the losses are {', '.join(WEIGHTS)}")
     column = 1 if not toy else 3 if supervised else 2
@@ -121,7 +118,7 @@ def round_trip_losses(model, clip, batch, args, generator):
     t = torch.randint(args.t_min, TIMESTEPS, (B,), generator=generator).to(model.device)
     t_hat = torch.randint(TIMESTEPS, (B,), generator=generator).to(model.device)
     trip = cycle(model, batch.images, batch.instructions, batch.reverse_instructions, t, t_hat,
-                 noise, args.sharp)
+                 noise)
     words = [content_words(model.tokenizer, model.tokenize(texts))
              for texts in (batch.instructions, batch.reverse_instructions)]
     return cycle_losses(clip, batch.images, batch.captions, batch.edited_captions, trip, *words,

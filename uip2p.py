@@ -168,23 +168,11 @@ def one_step(model, z_t, t, image, context, maps):
     factor = (abar / (1 - abar)).sqrt().clamp(max=1).to(z_0)
     return torch.lerp(z_0.detach(), z_0, factor)     # the value is z_0, the gradient times factor
 
-@torch.no_grad()
-def sharp_edit(model, z_t, t, image, context, steps):
-    """The same edit in several predictions, hence sharp: DDIM from z_t to clean latents, in equal
-    steps of t, without guidance and without a gradient."""
-    for n in range(steps, 0, -1):
-        now, then = t * n // steps, t * (n - 1) // steps                      # (B,) each
-        eps = model.unet(torch.cat([z_t, image], dim=1), now, context)
-        z_t = model.ddim_step(z_t, eps, now, stride=now - then)
-    return z_t
-
-def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, sharp=0):
+def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise):
     """The paper's round trip: (I_input, C_f) -> I_edit, then (I_edit, C_r) -> I_recon.
 
     images: (B, 3, H, W) in [-1, 1]; instructions, reverse_instructions: lists of B strings
     t, t_hat: (B,), timesteps of the two edits, drawn independently; noise: (2, B, 4, h, w)
-    sharp: 0 for the one-step estimate; N: the value is that of a `sharp_edit` in N steps, the
-        gradient is still that of the estimate (straight-through, arXiv 2606.03911)
     The lists of maps A_f and A_r are filled by `one_step`."""
     scale, A_f, A_r = model.vae.scaling_factor, [], []
     with torch.no_grad():
@@ -194,9 +182,6 @@ def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise, sh
     # The forward edit.  The paper does not say what is noised: here the latents of the input.
     z_t = model.add_noise(z_input, noise[0], t)
     z_edit = one_step(model, z_t, t, z_input / scale, C_f, A_f)               # (B, 4, h, w)
-    if sharp:
-        z_sharp = sharp_edit(model, z_t, t, z_input / scale, C_f, sharp)
-        z_edit = z_sharp + z_edit - z_edit.detach()
 
     # The reverse edit.  Its target is the input, so the input is noised again, with its own t_hat.
     z_t_hat = model.add_noise(z_input, noise[1], t_hat)

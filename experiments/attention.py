@@ -6,8 +6,7 @@ In the toy world the true mask of an edit is known.  A table has two measures of
 the chance that a pixel of the mask has more attention than one outside (0.5 is chance), and the IoU of the mask and
 what is above half of the map's range.  Each edit is one noise prediction of the noised input, as in training.  An `add`
 is judged by its way back and a `remove` by its way there, because what is not in the image has no place yet; the others
-by both.
-losses.py has the rule that was chosen: its words and its reduction are the defaults here.
+by both.  losses.py has the rule that was chosen, that of the tables of timesteps and of layers.
 """
 import argparse
 from itertools import product
@@ -23,6 +22,7 @@ from losses import STOP_WORDS, VERBS, reduce_map
 
 KINDS = ("colour", "shape", "remove", "add")   # the mask of a background is most of the image
 T, TIMESTEPS = 500, (100, 300, 500, 700, 900)
+RULE = "without the verb, first end token"     # of WORDS; with each head's map by its mean, that of losses.py
 
 
 # ---- the candidates --------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ T, TIMESTEPS = 500, (100, 300, 500, 700, 900)
 # {name: which kinds of tokens count}
 WORDS = {
     "content words": {"verb", "shape", "other"}, "without the verb": {"shape", "other"},
-    "without the verb, first end token": {"shape", "other", "end"}, "the shape": {"shape"}, "first end token": {"end"},
+    RULE: {"shape", "other", "end"}, "the shape": {"shape"}, "first end token": {"end"},
     "end tokens": {"end", "padding"}, "the verb": {"verb"}}
 
 
@@ -141,12 +141,12 @@ def study(args):
     for (name, reduce), chosen in product(REDUCTIONS.items(), WORDS):
         words = choose(tokens, chosen)
         print_row(f"{chosen}, {name}", mean_map([reduce(probs, words) for probs in captured[T]]), masks, kinds)
-    words, reduce = choose(tokens, args.words), REDUCTIONS[args.reduction]
-    reduced = {t: [reduce(probs, words) for probs in maps] for t, maps in captured.items()}
-    print_header(f"{args.words}, {args.reduction}: timesteps, all layers")
+    words = choose(tokens, RULE)
+    reduced = {t: [reduce_map(probs, words) for probs in maps] for t, maps in captured.items()}
+    print_header("the rule: timesteps, all layers")
     for t, layers in reduced.items():
         print_row(f"t = {t}", mean_map(layers), masks, kinds)
-    print_header(f"{args.words}, {args.reduction}: layers, t = {T}")
+    print_header(f"the rule: layers, t = {T}")
     layers = reduced[T]
     for side in sorted({A.shape[1] for A in layers}):
         print_row(f"all of {side}x{side}", mean_map([A for A in layers if A.shape[1] == side]), masks, kinds)
@@ -158,9 +158,6 @@ def main(argv=None):
     p = Parser("experiments.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=f"{TOY}/baseline", help="directory of a toy model (%(default)s)")
     p.add_argument("--scenes", type=number(int, 5, 10_000), default=250, help="of validation (%(default)s)")
-    p.add_argument("--words", choices=WORDS, default="without the verb, first end token",
-                   help="of the last two tables (%(default)s)")
-    p.add_argument("--reduction", choices=REDUCTIONS, default="each head by its mean", help="likewise (%(default)s)")
     args = p.parse_args(argv)
     with errors(p):
         study(args)

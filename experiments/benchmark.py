@@ -233,8 +233,8 @@ def training_parts(args):
     def embed(model, clip, batch):
         return clip.embed_images(zeros(model, batch, 3, args.resolution))
 
-    # Two edits and the denoising.  A prediction without a gradient costs about a third of one with it.
-    return loss, {"UNet and its backward": (3 + args.sharp / 3, unet), "VAE decode and its backward": (2, decode),
+    # Two edits and the denoising.
+    return loss, {"UNet and its backward": (3, unet), "VAE decode and its backward": (2, decode),
                   "CLIP and its backward": (3, embed)}
 
 

@@ -274,13 +274,12 @@ def arguments(name, seed, start, times):
 
 @contextlib.contextmanager
 def biases(leak, drift):
-    """Inside, the pairs of the toy world have these."""
-    before = toy.LEAK, toy.DRIFT
-    toy.LEAK, toy.DRIFT = leak, drift
+    """The toy worlds that are opened inside have pairs with these."""
+    before, toy.BIASES = toy.BIASES, (leak, drift)
     try:
         yield
     finally:
-        toy.LEAK, toy.DRIFT = before
+        toy.BIASES = before
 
 
 def fulfil(name, folder, given, judge_path, on):

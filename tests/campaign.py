@@ -412,10 +412,10 @@ TOGETHER = """
     edit --resolution 15; edit --resolution 2049; edit --steps 1000; edit --reverse a --reverse b; edit --output out.jpg
     edit --output ../../fixtures/photo.png; edit --input ../../fixtures/data; edit --cfg-text 1e300
     train --data toy; train --data =1; train --data toy=x; train --data ../../fixtures/data=nan; train --data a=b=0
-    train --weights no=1; train --weights attn; train --weights attn=nan; train --resolution 17; train --sharp 1000
+    train --weights no=1; train --weights attn; train --weights attn=nan; train --resolution 17
     train --objective ip2p; train --data toy --texts x; train --data x{0..100000000}.tar; train --lr 1e30
     train --data ../../fixtures/data=0; train --resolution 1000000; train --data a.tar.gz; train --data nobody/nothing
-    train-on-pairs --weights attn=1; train-on-pairs --warmup 1; train-on-pairs --sharp 1; train-on-pairs --clip x
+    train-on-pairs --weights attn=1; train-on-pairs --warmup 1; train-on-pairs --clip x
     instructions --edits 2 --reverse-only; instructions --edits 99; instructions --input x{0..100000000}.tar
     instructions --input ../../fixtures/photo.png; pairs --biases; pairs --steps 1000
     pairs --resolution 33; pairs --cfg-text 0.5; pairs --thresholds 1 2; pairs --thresholds 1 1 1 nan; pairs --edits 0

@@ -45,12 +45,12 @@ def make_kinds(place):
     tree = instruct_pix2pix(place / "tree", 40)
     clip = ["--clip", TOY / "clip"]
     return {
-        "cycle": (train.main, [*TINY, "--sharp", 0]),
+        "cycle": (train.main, TINY),
         "ip2p": (train.main, [*TINY, "--objective", "ip2p"]),
-        "photos": (train.main, [*TINY, *TOY_MODEL, "--sharp", 0, "--data", photos]),
-        "shards": (train.main, [*TINY, *TOY_MODEL, "--sharp", 0, *shards]),
+        "photos": (train.main, [*TINY, *TOY_MODEL, "--data", photos]),
+        "shards": (train.main, [*TINY, *TOY_MODEL, *shards]),
         "accumulate": (train.main, [*TINY, "--objective", "ip2p", *TOY_UNET, "--data", photos, "--accumulate", 2]),
-        "bf16": (train.main, [*TINY, "--precision", "bf16", "--train", "cross-attention", "--sharp", 0]),
+        "bf16": (train.main, [*TINY, "--precision", "bf16", "--train", "cross-attention"]),
         "fp16": (train.main, [*TINY, "--objective", "ip2p", "--precision", "fp16"]),
         "pairs": (pairs.main, ["--edits", 4, "--samples", 3, "--steps", 2, "--thresholds", *[0] * 4]),
         "instructions": (instructions.main, ["--model", place / "language", "--input", place / "captions.txt",

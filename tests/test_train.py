@@ -248,7 +248,7 @@ def test_only_the_unet_trains(whole):
 
 
 def test_cross_attention_alone_trains_and_resumes(tmp_path, plain):
-    flags = ["--train", "cross-attention", "--precision", "bf16", "--sharp", "0", "--lr", "0.1"]
+    flags = ["--train", "cross-attention", "--precision", "bf16", "--lr", "0.1"]
     whole, stopped = run(tmp_path / "whole", 2, *flags, "--save-every", 1), tmp_path / "stopped"
     for steps in (1, 2):
         run(stopped, steps, *flags)
@@ -270,7 +270,7 @@ def test_cross_attention_alone_trains_and_resumes(tmp_path, plain):
 def test_two_processes_are_two_parts_of_a_step(tmp_path):
     """The cycle with all its random numbers: two processes of one sample each end as one with --accumulate 2, whose two
     parts are a batch of two (below)."""
-    flags = ["--lr", "0.1", "--batch-size", "1", "--sharp", "0"]
+    flags = ["--lr", "0.1", "--batch-size", "1"]
     one = run(tmp_path / "one", 2, *flags, "--accumulate", 2)
     script = tmp_path / "train_and_log.py"
     lines = ["import sys", f"sys.path.insert(0, {str(ROOT)!r})", "import train",
@@ -297,7 +297,7 @@ def test_two_processes_are_two_parts_of_a_step(tmp_path):
 
 def test_the_first_steps_of_a_warm_up_denoise_alone(tmp_path, plain):
     """... and their rows have no other losses; a run that was stopped within the warm-up ends as one that was not."""
-    flags, names = ["--warmup", 3, "--sharp", 0], ["step", "images", "denoise", "loss"]
+    flags, names = ["--warmup", 3], ["step", "images", "denoise", "loss"]
     path = run(tmp_path / "whole", 4, *flags)
     rows = log(path)
     assert [list(row) for row in rows[:3]] == [names] * 3
@@ -340,7 +340,7 @@ def test_the_average_moves_slowly_once_it_is_warm(monkeypatch):
 
 def test_checkpointing_is_for_real_data_and_trains_the_same(clip):
     gradients = []
-    for flags, on in ((["--data", "photos", *TOY_MODEL, "--sharp", "0"], True), (["--sharp", "0"], False)):
+    for flags, on in ((["--data", "photos", *TOY_MODEL], True), ([], False)):
         args, model = options(*flags), EditModel.from_pretrained(SMALL)
         args.t_min, args.weights, args.snr_weight = 400, losses.WEIGHTS, 5
         train.prepare(model, clip, args)
@@ -355,7 +355,7 @@ def test_checkpointing_is_for_real_data_and_trains_the_same(clip):
 
 def test_half_precision_trains_and_resumes(tmp_path, plain):
     """fp16, with the scaler of the loss, whose state a run that goes on gets back."""
-    flags = ["--precision", "fp16", "--sharp", 0, "--batch-size", 1]
+    flags = ["--precision", "fp16", "--batch-size", 1]
     run(tmp_path / "whole", 3, *flags)
     for steps in (1, 3):                                      # the first step may be left out, see below
         run(tmp_path / "stopped", steps, *flags)
@@ -421,7 +421,7 @@ def test_a_loss_of_ones_own(tmp_path, plain, monkeypatch):
     monkeypatch.setattr(train, "cycle_losses", names["cycle_losses"])
     monkeypatch.setitem(losses.WEIGHTS, "mine", 1.0)
     for flags, weight in (((), 1), (("--weights", "mine=2"), 2)):
-        (row,) = log(run(tmp_path / str(weight), 1, "--sharp", 0, *flags))
+        (row,) = log(run(tmp_path / str(weight), 1, *flags))
         assert row["mine"] > 0.1
         cec = row["clip"] + 0.5 * row["attn"] + row["sim"] + row["recon"] + weight * row["mine"]
         assert row["cec"] == pytest.approx(cec, abs=1e-3)
@@ -535,8 +535,8 @@ def test_the_settings_of_the_data_are_defaults_that_flags_overrule():
         args = vars(options(*flags))
         for name, row in train.SETTINGS.items():
             assert args[name] == row[column], (flags, name)
-    args = options("--steps", 7, "--sharp", 3, "--lr", 0, "--model", "elsewhere")
-    assert (args.steps, args.sharp, args.lr, args.model) == (7, 3, 0, "elsewhere")
+    args = options("--steps", 7, "--lr", 0, "--model", "elsewhere")
+    assert (args.steps, args.lr, args.model) == (7, 0, "elsewhere")
     assert args.t_min == 400 and args.batch_size == 8
 
 
@@ -575,7 +575,7 @@ def test_the_unets_of_the_toy_world_are_models():
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags", [["--lr", "1e-3"], ["--seed", "1"], ["--sharp", "3"], ["--weights", "attn=0"],
+@pytest.mark.parametrize("flags", [["--lr", "1e-3"], ["--seed", "1"], ["--weights", "attn=0"],
                                    ["--warmup", "1"], ["--objective", "ip2p"]], ids=str)
 def test_other_settings_do_not_enter_the_same_folder(whole, capsys, flags):
     before = contents(whole[0])
@@ -588,7 +588,7 @@ def test_other_settings_do_not_enter_the_same_folder(whole, capsys, flags):
 
 BAD_VALUES = {
     "--lr": ("nan", "inf", "-1", "fast"), "--batch-size": ("0", "-2", "2.5"), "--steps": ("0", "nan"),
-    "--accumulate": ("0",), "--resolution": ("0",), "--sharp": ("-1", "1000"), "--warmup": ("-1",),
+    "--accumulate": ("0",), "--resolution": ("0",), "--warmup": ("-1",),
     "--seed": ("-1", "1e3"), "--save-every": ("0",), "--device": ("abacus",), "--precision": ("fp8",),
     "--objective": ("magic", "identity"), "--train": ("vae",),
     "--weights": ("1", "clip", "clip=", "clip=nan", "clip=-1", "=1", "delta=1")}
@@ -613,7 +613,7 @@ def test_bad_arguments_are_refused_in_one_line_and_leave_nothing(tmp_path, capsy
 
 
 @pytest.mark.parametrize("flags", [
-    ["--clip", str(TOY / "clip")], ["--weights", "attn=0"], ["--warmup", "3"], ["--sharp", "5"]], ids=str)
+    ["--clip", str(TOY / "clip")], ["--weights", "attn=0"], ["--warmup", "3"]], ids=str)
 def test_an_option_without_effect_is_refused(tmp_path, capsys, flags):
     message = refuse(capsys, "--output", tmp_path / "run", "--objective", "ip2p", *flags)
     assert flags[0] in message and "no effect" in message and not (tmp_path / "run").exists()
@@ -883,9 +883,9 @@ def test_the_learning_rate_is_warmed_up_and_stays(tmp_path, gradients, monkeypat
 
 
 def test_what_the_cycle_and_its_losses_are_given(model, monkeypatch):
-    """t is drawn from t_min on, t_hat from 0, each with noise of its own; --sharp and --weights reach their place, and
+    """t is drawn from t_min on, t_hat from 0, each with noise of its own; --weights reach their place, and
     each instruction its own maps."""
-    args, batch, seen, trip = options("--sharp", "3", "--weights", "sim=7"), toy_batch(64), [], object()
+    args, batch, seen, trip = options("--weights", "sim=7"), toy_batch(64), [], object()
     args.t_min, batch.reverse_instructions = 700, ["now undo it"] * 64        # in the toy world, all words are in line
     assert options().t_min == 400 and options("--data", "photos").t_min == 0
 
@@ -895,9 +895,9 @@ def test_what_the_cycle_and_its_losses_are_given(model, monkeypatch):
     monkeypatch.setattr(train, "cycle", watched)
     monkeypatch.setattr(train, "cycle_losses", watched)
     train.round_trip_losses(model, "a CLIP", batch, args, torch.Generator().manual_seed(0))
-    (given_model, images, forward, back, t, t_hat, noise, sharp), of_losses = seen
+    (given_model, images, forward, back, t, t_hat, noise), of_losses = seen
     assert given_model is model and images is batch.images
-    assert (forward, back, sharp) == (batch.instructions, batch.reverse_instructions, 3)
+    assert (forward, back) == (batch.instructions, batch.reverse_instructions)
     assert 700 <= t.min() < 720 and 980 < t.max() < 1000 and t_hat.min() < 60 and t_hat.max() > 900
     assert not torch.equal(noise[0], noise[1]) and noise.std() == pytest.approx(1, abs=0.05)
 
