@@ -103,14 +103,13 @@ def reduce_map(probs, words):
     cross-attention layers of the UNet are used.  words: (B, L) of 0 and 1, the content words
 
     The two instructions have different tokens, so the tokens are averaged before the maps are
-    compared, and so are the heads.  The paper does not say how.  Each map is divided by its mean
-    first; otherwise the words and heads with the most attention would decide, which look
-    everywhere.  LIME's code (arXiv 2312.09256, same first author) takes the same words, but
-    the layers of 16x16 and 32x32 pixels alone, and divides by nothing."""
-    words = words.to(probs)                                                   # (B, L)
-    maps = probs / probs.mean((2, 3), keepdim=True).clamp_min(1e-6)           # (B, heads, h, w, L)
-    counted = maps.mean(1) * words[:, None, None]                             # (B, h, w, L)
-    return counted.sum(-1) / words.sum(1)[:, None, None]                      # (B, h, w)
+    compared, and so are the heads.  The paper does not say how.  Each word's map is divided by its
+    mean first; otherwise the words with the most attention would decide.  LIME's code (arXiv
+    2312.09256, same first author) takes the same words, but the layers of 16x16 and 32x32 pixels
+    alone, and divides by nothing."""
+    words, maps = words.to(probs)[:, None, None], probs.mean(1)               # (B, h, w, L)
+    maps = maps / maps.mean((1, 2), keepdim=True).clamp_min(1e-6)
+    return (maps * words).sum(-1) / words.sum(-1)                             # (B, h, w)
 
 @torch.no_grad()
 def edit_region(model, images, edited, instructions, t=500):

@@ -2,13 +2,15 @@
 
     python -m experiments.attention --model models/toy/baseline
 
-In the toy world the true mask of an edit is known.  A table has two measures of each candidate, by kind of edit: AUC,
-the chance that a pixel of the mask has more attention than one outside (0.5 is chance), and the IoU of the mask and
-what is above half of the map's range.  Each edit is one noise prediction of the noised input, as in training.  An `add`
+In the toy world the true mask of an edit is known.  A table has three measures of each candidate, by kind of edit: AUC,
+the chance that a pixel of the mask has more attention than one outside (0.5 is chance); *which*,
+the chance that the object of the edit has more attention in the mean than another object, so that a map of all objects
+is no better than chance; and the IoU of the mask and what is above half of the map's range.  Each edit is one noise prediction of the noised input, as in training.  An `add`
 is judged by its way back and a `remove` by its way there, because what is not in the image has no place yet; the others
 by both.  losses.py has the rule that was chosen, that of the tables of timesteps and of layers.
 """
 import argparse
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -22,7 +24,7 @@ from losses import STOP_WORDS, VERBS, reduce_map
 
 KINDS = ("colour", "shape", "remove", "add")   # the mask of a background is most of the image
 T, TIMESTEPS = 500, (100, 300, 500, 700, 900)
-RULE = "without the verb, first end token"     # of WORDS; with each head's map by its mean, that of losses.py
+RULE = "without the verb, first end token"     # of WORDS; with each word's map by its mean, that of losses.py
 
 
 # ---- the candidates --------------------------------------------------------------------------------------------------
@@ -56,11 +58,10 @@ def summed(probs, words):
     return (probs * words[:, None, None, None]).sum(-1).mean(1)
 
 
-def each_word(probs, words):
-    """Each word's map is divided by its mean before they are averaged, so that all words count alike."""
-    maps = probs.mean(1)                                                      # (B, h, w, L)
-    maps = maps / maps.mean((1, 2), keepdim=True).clamp_min(1e-6)
-    return (maps * words[:, None, None]).sum(-1) / words.sum(1)[:, None, None]
+def each_head(probs, words):
+    """Each head's map of each word is divided by its mean before they are averaged, so that all heads count alike."""
+    maps = probs / probs.mean((2, 3), keepdim=True).clamp_min(1e-6)           # (B, heads, h, w, L)
+    return (maps.mean(1) * words[:, None, None]).sum(-1) / words.sum(1)[:, None, None]
 
 
 def standardised(probs, words):
@@ -70,7 +71,7 @@ def standardised(probs, words):
     return (maps * words[:, None, None]).sum(-1) / words.sum(1)[:, None, None]
 
 
-REDUCTIONS = {"summed": summed, "each word by its mean": each_word, "each head by its mean": reduce_map,
+REDUCTIONS = {"summed": summed, "each word by its mean": reduce_map, "each head by its mean": each_head,
               "each word standardised": standardised}
 
 
@@ -85,6 +86,22 @@ def auc(maps, masks):
     return torch.stack(scores)
 
 
+def areas(scene):
+    """{object: the bool mask (S, S) of what is seen of it}."""
+    empty, *alone = toy.render([replace(scene, objects=objects) for objects in ((), *((o,) for o in scene.objects))])
+    return {o: (image != empty).any(0) for o, image in zip(scene.objects, alone)}
+
+
+def which(maps, objects):
+    """Of maps (B, S, S) and, for each of them, the mask of the object of the edit and a list of those of the others:
+    (B,), NaN where there are no others."""
+    scores = []
+    for A, (edited, others) in zip(maps, objects):
+        more = [(A[edited].mean() > A[other].mean()).float() for other in others]
+        scores.append(torch.stack(more).mean() if more else torch.tensor(torch.nan))
+    return torch.stack(scores)
+
+
 def mean_map(layers):
     """Maps (B, h, w) of several layers -> their mean (B, S, S), each layer divided by its own mean."""
     resized = []
@@ -95,16 +112,17 @@ def mean_map(layers):
 
 
 def print_header(title):
-    columns = [f"{measure} {kind}" for measure, kind in product(("AUC", "IoU"), (*KINDS, "mean"))]
+    columns = [f"{measure} {kind}" for measure, kind in product(("AUC", "which", "IoU"), (*KINDS, "mean"))]
     print(f"\n| {title} | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
 
 
-def print_row(name, maps, masks, kinds):
-    """A line of a table: AUC and IoU of maps (B, S, S), the means of each kind and the mean of these."""
+def print_row(name, maps, masks, objects, kinds):
+    """A line of a table of maps (B, S, S): the means of each kind, and the mean of these."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    measures = auc(maps, masks), which(maps, objects), iou(maps > (low + high) / 2, masks)
     cells = []
-    for values in (auc(maps, masks), iou(maps > (low + high) / 2, masks)):
-        means = [values[[kind == wanted for kind in kinds]].mean().item() for wanted in KINDS]
+    for values in measures:
+        means = [values[[kind == wanted for kind in kinds]].nanmean().item() for wanted in KINDS]
         cells += [f"{value:.2f}" for value in (*means, sum(means) / len(means))]
     print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
@@ -131,7 +149,12 @@ def study(args):
     inputs, edited = toy.render([e.scene for e in there + back]), toy.render([e.edited for e in there + back])
     conditions = torch.cat([inputs[:len(there)], edited[len(there):]])
     texts = [e.instruction for e in there] + [e.reverse_instruction for e in back]
-    masks = edit_mask(inputs, edited)[:, 0]                                   # (B, S, S)
+    objects = []
+    for scene, other in [(e.scene, e.edited) for e in there] + [(e.edited, e.scene) for e in back]:
+        seen = areas(scene)
+        (changed,) = seen.keys() - set(other.objects)
+        objects.append((seen.pop(changed), list(seen.values())))
+    truth = edit_mask(inputs, edited)[:, 0], objects, kinds
     tokens = kinds_of_tokens(model.tokenizer, texts)
     captured = {t: capture(model, inputs, conditions, texts, t) for t in TIMESTEPS}
     print(f"{args.model}, {len(there)} edits there and {len(back)} back")
@@ -140,18 +163,18 @@ def study(args):
     print_header(f"words, t = {T}, all layers")
     for (name, reduce), chosen in product(REDUCTIONS.items(), WORDS):
         words = choose(tokens, chosen)
-        print_row(f"{chosen}, {name}", mean_map([reduce(probs, words) for probs in captured[T]]), masks, kinds)
+        print_row(f"{chosen}, {name}", mean_map([reduce(probs, words) for probs in captured[T]]), *truth)
     words = choose(tokens, RULE)
     reduced = {t: [reduce_map(probs, words) for probs in maps] for t, maps in captured.items()}
     print_header("the rule: timesteps, all layers")
     for t, layers in reduced.items():
-        print_row(f"t = {t}", mean_map(layers), masks, kinds)
+        print_row(f"t = {t}", mean_map(layers), *truth)
     print_header(f"the rule: layers, t = {T}")
     layers = reduced[T]
     for side in sorted({A.shape[1] for A in layers}):
-        print_row(f"all of {side}x{side}", mean_map([A for A in layers if A.shape[1] == side]), masks, kinds)
+        print_row(f"all of {side}x{side}", mean_map([A for A in layers if A.shape[1] == side]), *truth)
     for i, A in enumerate(layers):
-        print_row(f"layer {i}, {A.shape[1]}x{A.shape[2]}", mean_map([A]), masks, kinds)
+        print_row(f"layer {i}, {A.shape[1]}x{A.shape[2]}", mean_map([A]), *truth)
 
 
 def main(argv=None):
