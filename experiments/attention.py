@@ -3,11 +3,12 @@
     python -m experiments.attention --model models/toy/baseline
 
 In the toy world the true mask of an edit is known.  A table has three measures of each candidate, by kind of edit: AUC,
-the chance that a pixel of the mask has more attention than one outside (0.5 is chance); *which*,
-the chance that the object of the edit has more attention in the mean than another object, so that a map of all objects
-is no better than chance; and the IoU of the mask and what is above half of the map's range.  Each edit is one noise prediction of the noised input, as in training.  An `add`
-is judged by its way back and a `remove` by its way there, because what is not in the image has no place yet; the others
-by both.  losses.py has the rule that was chosen, that of the tables of timesteps and of layers.
+the chance that a pixel of the mask has more attention than one outside (0.5 is chance); *which*, the chance that the
+object of the edit has more attention, in the mean, than another object, so that a map of all objects is no better than
+chance; and the IoU of the mask and what is above half of the map's range.  Each edit is one noise prediction of the
+noised input, as in training.  An `add` is judged by its way back and a `remove` by its way there, because what is not
+in the image has no place yet; the others by both.  losses.py has the rule that was chosen, that of the tables of
+timesteps and of layers.
 """
 import argparse
 from dataclasses import replace

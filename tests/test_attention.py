@@ -1,4 +1,6 @@
 """experiments/attention.py: its measures by hand, and that losses.py has the rule that it names."""
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,6 +21,19 @@ def test_auc_by_hand():
     mask = torch.tensor([[[True, False], [False, True]]])
     maps = torch.tensor([[[3.0, 1], [2, 4]], [[1, 3], [4, 2]], [[2, 1], [3, 4]], [[5, 5], [5, 5]]])
     assert attention.auc(maps, mask.expand(4, -1, -1)).tolist() == [1, 0, 0.75, 0.5]
+
+
+def test_a_map_of_all_objects_does_not_say_which():
+    """One map is the first of three objects', one the second's, one of all alike; a single object is not compared."""
+    scene = next(e.scene for e in (toy.edit("train", i) for i in range(100)) if len(e.scene.objects) == 3)
+    first, second, third = list(attention.areas(scene).values())
+    empty, drawn = toy.render([replace(scene, objects=()), scene])
+    assert torch.equal(first | second | third, (empty != drawn).any(0))
+    assert not (first & second).any() and not (first & third).any() and not (second & third).any()
+    maps = torch.stack([first.float(), second.float(), first.float() + second.float() + third.float(), first.float()])
+    asked = [(first, [second, third]), (first, [second, third]), (first, [second, third]), (first, [])]
+    assert attention.which(maps + 0.1 * torch.stack([third.float()] * 4), asked).tolist()[:3] == [1, 0, 0]
+    assert attention.which(maps, asked)[3].isnan()
 
 
 def test_kinds_of_tokens(tokenizer):
