@@ -44,8 +44,8 @@ ON = ["--model", "{start}/baseline/model", "--steps", "300"]
 RUNS = {
     "control": ("control: supervised, on true pairs", ["--objective", "ip2p"]),
     "baseline": ("baseline: supervised, on entangled pairs", ["--objective", "ip2p"]),
-    "scratch": ("scratch: the cycle from text-to-image, after 1000 steps of denoising",
-                ["--model", f"{train.TOY}/text2image", "--warmup", "1000", "--steps", "1300"]),
+    "scratch": ("scratch: the cycle from text-to-image, 2,000 steps, after 1,000 of denoising",
+                ["--model", f"{train.TOY}/text2image", "--warmup", "1000", "--steps", "3000"]),
     "base": ("base: from the baseline, L_CLIP + L_recon",
              [*ON, "--weights", "clip=1", "attn=0", "sim=0", "recon=1"]),
     "sim": ("sim: + L_sim", [*ON, "--weights", "clip=1", "attn=0", "sim=1", "recon=1"]),
@@ -55,8 +55,8 @@ RUNS = {
     "pairs": ("pairs: from the baseline, more pairs",
               [*ON, "--objective", "ip2p", "--batch-size", "8", "--lr", "2e-4"]),
 }
-SUPERVISED = {"control": 1, "baseline": 2}     # of how many of the seeds; the others start from these in turn
-FIRST = (*SUPERVISED, "scratch")               # the others start from the baseline
+FEWER = {"control": 1, "baseline": 2, "scratch": 3}      # of how many of the seeds: these are long
+FIRST = tuple(FEWER)                                     # the others start from the baselines, in turn
 
 # the columns of the report
 EDITS = ("exact", "objects", "L1", "L2", "inside", "outside", "done", "right", "CLIP-I", "CLIP-T", "direction")
@@ -212,7 +212,7 @@ def report(scores, references):
     seeds = len(scores["attn"]["L1"])
     rows = {title: scores[run] for run, (title, _) in RUNS.items()}
     single = {name: {column: [row[column]] for column in EDITS} for name, row in references.items()}
-    few = " and ".join(f"{len(scores[run]['L1'])} of the {run}" for run in SUPERVISED)
+    few = ", ".join(f"{len(scores[run]['L1'])} of the {run}" for run in FEWER)
     lines = [f"{seeds} seeds of the training, but {few}: mean ± standard deviation over them.  The same for all are",
              f"the CLIP, VAE and UNet that they start from, the judge and its {SCENES} held-out scenes.  {STEPS} steps",
              f"unless a column says otherwise; the second table has the first {FEW} scenes.", "",
@@ -227,10 +227,10 @@ def report(scores, references):
         ours = scores[claim.run]
         other = ours["mask"] if claim.other == "mask" else scores[claim.other][claim.score]
         differences = [a - b for a, b in zip(ours[claim.score], itertools.cycle(other))]      # of the same baseline
-        either_side = f"± {margin(differences):.3f}" if seeds > 1 else ""
+        either_side = f"± {margin(differences):.3f}" if len(differences) > 1 else ""
         agree = sum(difference * claim.sign > 0 for difference in differences)
         lines.append(f"| {claim.text} | {claim.paper} | {claim.score}: {claim.run} - {claim.other} | "
-                     f"{statistics.mean(differences):+.3f} | {either_side} | {agree} of {seeds} | "
+                     f"{statistics.mean(differences):+.3f} | {either_side} | {agree} of {len(differences)} | "
                      f"{verdict(differences, claim.sign)} |")
     return lines
 
@@ -304,9 +304,9 @@ def fulfil(name, folder, given, judge_path, on):
 
 def train_all(folders, args):
     """Trains and judges all runs of all seeds; folders: {seed: its folder}.  The first that fails ends it."""
-    baselines = itertools.cycle(list(folders)[:SUPERVISED["baseline"]])
+    baselines = itertools.cycle(list(folders)[:FEWER["baseline"]])
     starts = dict(zip(folders, baselines))     # {seed: that of its baseline}
-    wanted = [(name, seed) for name in RUNS for seed in list(folders)[:SUPERVISED.get(name)]]
+    wanted = [(name, seed) for name in RUNS for seed in list(folders)[:FEWER.get(name)]]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // args.jobs, 1)))        # of each training
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     jobs = {}                                  # {a training: its run and seed}
@@ -343,7 +343,7 @@ def study(args):
 
     scores = {}
     for run in RUNS:
-        of = args.seeds[:SUPERVISED.get(run)]
+        of = args.seeds[:FEWER.get(run)]
         files = [folders[seed] / run / "scores.json" for seed in of]
         with about(f"a scores.json of {run} is damaged; remove it, and it is made again"):
             rows = [read_json(file)["scores"] for file in files]

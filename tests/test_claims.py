@@ -47,7 +47,7 @@ def fake_scores():
     def values(i):
         return [base + .01 * i + .0001 * i * seed for seed, base in enumerate((.1, .5, .1))]
     scores = {run: {name: values(i) for name in names} for i, run in enumerate(claims.RUNS, 1)}
-    for run, seeds in claims.SUPERVISED.items():
+    for run, seeds in claims.FEWER.items():
         scores[run] = {name: values[:seeds] for name, values in scores[run].items()}
     return scores
 
@@ -80,8 +80,8 @@ def test_the_comparisons_are_the_papers():
     assert list(arguments["attn"].weights) == ["clip", "attn", "sim", "recon"]
     started = {run for run, (_, given) in claims.RUNS.items() if any("{start}" in a for a in given)}
     assert started == set(claims.RUNS) - set(claims.FIRST)
-    # after the warm-up, all cycles are as long; what they are compared with sees as many images at the same rate
-    assert {args.steps - args.warmup for run, args in arguments.items() if run in (*weights, "scratch")} == {300}
+    # the cycles from the baseline are as long as what they are compared with, of as many images at the same rate
+    assert {arguments[run].steps for run in weights} == {300}
     assert arguments["denoise"].steps == arguments["denoise"].warmup == arguments["pairs"].steps == 300
     assert {(arguments[run].batch_size, arguments[run].lr) for run in started} == {(8, 2e-4)}
     for claim in claims.CLAIMS:
@@ -197,7 +197,7 @@ def study(tmp_path, monkeypatch):
 
     def fulfil(name, folder, given, judge_path, on):
         seed = int(given[given.index("--seed") + 1])
-        assert folder.name == f"seed-{seed}" and seed in (1, 2, 4)[:claims.SUPERVISED.get(name)]
+        assert folder.name == f"seed-{seed}" and seed in (1, 2, 4)[:claims.FEWER.get(name)]
         if "--model" in given and name not in claims.FIRST:       # seeds 1 and 4 start from the first baseline
             start = 2 if seed == 2 else 1
             assert f"/seed-{start}/" in given[given.index("--model") + 1] and ("baseline", start) in made
@@ -231,7 +231,7 @@ def test_a_study_makes_the_judge_and_every_run_and_writes_what_they_say(study, c
     assert judge[:2] == ["--parts", "judge"]
     assert judge[judge.index("--seed") + 1] != "0"            # that of the shipped CLIP
     assert sorted(made) == sorted((name, seed) for name in claims.RUNS
-                                  for seed in (1, 2, 4)[:claims.SUPERVISED.get(name)])
+                                  for seed in (1, 2, 4)[:claims.FEWER.get(name)])
     text = (output / "claims.md").read_text()
     assert "0.233 ± 0.153" in text and text.strip() in capsys.readouterr().out             # of .1, .2, .4
     assert json.loads((output / "claims.json").read_text())["scores"]["attn"]["L1"] == [.1, .2, .4]
