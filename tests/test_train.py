@@ -507,7 +507,7 @@ def test_a_run_that_was_stopped_in_the_middle_of_a_shard_sees_what_it_would_have
 def test_every_option_shows_the_default_that_holds(capsys):
     """Of three situations: the toy world, the toy's baseline, and other data."""
     shown = [action for action in train.parse([])[0]._actions if action.dest != "help"]
-    assert len(shown) == 20
+    assert len(shown) == 19
     for flags in ([], ["--objective", "ip2p"], ["--data", "photos"]):
         args = vars(options(*flags))
         for action in shown:
@@ -517,7 +517,7 @@ def test_every_option_shows_the_default_that_holds(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     out = capsys.readouterr().out
-    assert out.count("(default:") == 20
+    assert out.count("(default:") == 19
     assert train.__doc__.splitlines()[0] in out
 
 

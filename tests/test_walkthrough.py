@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def printed(cell):
 def test_the_cells_print_what_their_outputs_say(monkeypatch):
     """Other processors round otherwise: a share of 20 scenes may differ by two of them, other numbers by 5 %."""
     monkeypatch.chdir(NOTEBOOK.parent)
+    monkeypatch.setitem(sys.modules, "IPython.display", None)                 # as where it is not installed
     namespace = {}
     for cell in CELLS:
         with redirect_stdout(io.StringIO()) as said:
