@@ -6,7 +6,8 @@ in unet.py and vae.py; checkpoint.py reads and writes model files.
     model = EditModel.from_pretrained("models/toy")          # or "timbrooks/instruct-pix2pix"
     edited = model.edit(images, ["make the background pink"], **model.guidance)
 
-Shapes: B images of H x W pixels; h = H / 8 and w = W / 8; L tokens of D numbers each.
+Shapes: B images of H x W pixels; latents of h x w, in Stable Diffusion an eighth of the image's
+sides; L tokens of D numbers each.
 """
 from dataclasses import dataclass
 
