@@ -18,7 +18,7 @@ def printed(cell):
 
 
 def test_the_cells_print_what_their_outputs_say(monkeypatch):
-    """Other processors round otherwise: a share of 20 scenes may differ by two of them, other numbers by 5 %."""
+    """Other processors round otherwise: a share of ten scenes may differ by one of them, other numbers by 5 %."""
     monkeypatch.chdir(NOTEBOOK.parent)
     monkeypatch.setitem(sys.modules, "IPython.display", None)                 # as where it is not installed
     namespace = {}
@@ -29,7 +29,7 @@ def test_the_cells_print_what_their_outputs_say(monkeypatch):
         assert [re.sub(NUMBER, "", line) for line in lines] == [re.sub(NUMBER, "", line) for line in committed]
         for new, old in zip(lines, committed):
             numbers = [[float(number) for number in re.findall(NUMBER, line)] for line in (new, old)]
-            assert numbers[0] == pytest.approx(numbers[1], abs=0.1 if "exact" in old else 0.02, rel=0.05), old
+            assert numbers[0] == pytest.approx(numbers[1], abs=0.11 if "exact" in old else 0.02, rel=0.05), old
 
 
 def test_the_notebook_is_short_small_and_executed():
