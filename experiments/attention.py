@@ -61,8 +61,7 @@ def summed(probs, words):
 
 def each_head(probs, words):
     """Each head's map of each word is divided by its mean before they are averaged, so that all heads count alike."""
-    maps = probs / probs.mean((2, 3), keepdim=True).clamp_min(1e-6)           # (B, heads, h, w, L)
-    return (maps.mean(1) * words[:, None, None]).sum(-1) / words.sum(1)[:, None, None]
+    return reduce_map(probs / probs.mean((2, 3), keepdim=True).clamp_min(1e-6), words)
 
 
 def standardised(probs, words):
