@@ -21,7 +21,7 @@ import toy
 from cli import Parser, errors, number
 from edit import TOY, load_editor
 from experiments.truth import edit_mask, iou
-from losses import STOP_WORDS, VERBS, reduce_map
+from losses import STOP_WORDS, VERBS, content_words, reduce_map
 
 KINDS = ("colour", "shape", "remove", "add")   # the mask of a background is most of the image
 T, TIMESTEPS = 500, (100, 300, 500, 700, 900)
@@ -132,18 +132,18 @@ def print_row(name, maps, masks, objects, kinds):
 @torch.no_grad()
 def capture(model, inputs, conditions, texts, t):
     """The probabilities of all layers, a list of (B, heads, h, w, L), in one noise prediction of noised inputs."""
-    z_0, maps = model.encode(inputs), []                                      # (B, 4, h, w)
-    noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(t))
-    t = torch.full((len(z_0),), t)
-    x = torch.cat([model.add_noise(z_0, noise, t), model.vae.encode(conditions)], dim=1)
+    z_0, maps = model.encode(inputs.to(model.device)), []                     # (B, 4, h, w)
+    noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(t)).to(z_0)
+    t = torch.full((len(z_0),), t, device=z_0.device)
+    x = torch.cat([model.add_noise(z_0, noise, t), model.vae.encode(conditions.to(z_0))], dim=1)
     model.unet(x, t, model.encode_text(texts), maps)
-    return maps
+    return [probs.cpu() for probs in maps]
 
 
-def study(args):
-    # ---- the edits, there and back
-    model = load_editor(args.model)
-    edits = [edit for edit in (toy.edit("validation", i) for i in range(args.scenes)) if edit.kind != "background"]
+def looks(edits):
+    """What the attention is asked for in edits of an object, there and back.
+
+    -> (inputs and conditions, (N, 3, S, S) each, and N texts), (true masks (N, S, S), objects as in `which`, kinds)"""
     there, back = [e for e in edits if e.kind != "add"], [e for e in edits if e.kind != "remove"]
     kinds = [e.kind for e in there + back]
     inputs, edited = toy.render([e.scene for e in there + back]), toy.render([e.edited for e in there + back])
@@ -154,10 +154,25 @@ def study(args):
         seen = areas(scene)
         (changed,) = seen.keys() - set(other.objects)
         objects.append((seen.pop(changed), list(seen.values())))
-    truth = edit_mask(inputs, edited)[:, 0], objects, kinds
+    return (inputs, conditions, texts), (edit_mask(inputs, edited)[:, 0], objects, kinds)
+
+
+def measure_rule(model, edits):
+    """Of the rule of losses.py, in edits of an object: {"AUC": (N,), "which": (M,), without the scenes of one object}."""
+    (inputs, conditions, texts), (masks, objects, _) = looks(edits)
+    words = content_words(model.tokenizer, model.tokenize(texts))
+    maps = mean_map([reduce_map(probs, words) for probs in capture(model, inputs, conditions, texts, T)])
+    found = which(maps, objects)
+    return {"AUC": auc(maps, masks), "which": found[found.isfinite()]}
+
+
+def study(args):
+    model = load_editor(args.model)
+    edits = [edit for edit in (toy.edit("validation", i) for i in range(args.scenes)) if edit.kind != "background"]
+    (inputs, conditions, texts), truth = looks(edits)
     tokens = kinds_of_tokens(model.tokenizer, texts)
     captured = {t: capture(model, inputs, conditions, texts, t) for t in TIMESTEPS}
-    print(f"{args.model}, {len(there)} edits there and {len(back)} back")
+    print(f"{args.model}, {len(texts)} edits, there and back")
 
     # ---- words and reductions, then timesteps and layers of one of them
     print_header(f"words, t = {T}, all layers")

@@ -18,7 +18,7 @@ from losses import ClipScorer, clip_direction_loss, clip_similarity_loss, rms
 from pictures import grid, save_png
 
 COLUMNS = ("exact", "objects", "L1", "L2", "inside", "outside", "done", "right", "CLIP-T", "direction")
-ATTENTION = ("A_f IoU", "A_f pointing", "A_r IoU", "A_r pointing")
+ATTENTION = ("A_f IoU", "A_r IoU", "agreement")
 SHOWN = 8                                      # edits in the picture
 
 
@@ -118,7 +118,7 @@ def main(argv=None):
                    help="guidance scales, one pair or several (1.5:1.2)")
     p.add_argument("--seed", type=seed_int, default=0, help="of the noise that the edits start from (%(default)s)")
     p.add_argument("--ascent", action="store_true", help="also what CLIP's gradient alone makes of the latents")
-    p.add_argument("--attention", action="store_true", help="also how far the attention maps point at the true edit")
+    p.add_argument("--attention", action="store_true", help="also how far the attention maps mark the true edit")
     p.add_argument("--kinds", action="store_true", help="also a line for each kind of edit")
     p.add_argument("--picture", type=Path, help="a .png file, for the first scenes")
     args = p.parse_args(argv)

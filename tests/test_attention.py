@@ -83,3 +83,22 @@ def test_a_map_that_is_the_mask_finds_every_edit(monkeypatch, capsys):
     assert not any(text.startswith("add") for text in texts)
     changed = (inputs != conditions).flatten(1).any(1)
     assert not changed[:len(kinds) - kinds.count("add")].any() and changed[len(kinds) - kinds.count("add"):].all()
+
+
+def test_the_rule_is_measured_there_and_back(monkeypatch):
+    """Of the words of the losses, whatever the others' maps show; AUC over all edits, *which* where there are others."""
+    edits = [edit for edit in (toy.edit("test", i) for i in range(20)) if edit.kind != "background"]
+    model = EditModel.from_pretrained(TOY)
+
+    def capture(model, inputs, conditions, texts, t):
+        assert t == attention.T
+        (_, _, again), (masks, _, _) = attention.looks(edits)
+        assert texts == again
+        words = content_words(model.tokenizer, model.tokenize(texts))
+        mask = masks.float()[:, None, ..., None]
+        return [torch.where(words[:, None, None, None] > 0, mask, 1 - mask)]
+    monkeypatch.setattr(attention, "capture", capture)
+    scores = attention.measure_rule(model, edits)
+    several = [o for _, o in attention.looks(edits)[1][1] if o]
+    assert set(scores["AUC"].tolist()) == {1} and set(scores["which"].tolist()) == {1}
+    assert 0 < len(several) == len(scores["which"]) < len(scores["AUC"])

@@ -147,8 +147,7 @@ def test_an_object_may_be_added_at_any_free_place(scorer):
 # ---- attention against the true mask ---------------------------------------------------------------------------------
 
 def test_attention_is_judged_by_the_true_mask(monkeypatch):
-    """A map that is the true mask has IoU 1 and points into it; its opposite 0 and not; half of it half, of either
-    instruction."""
+    """A map that is the true mask has IoU 1, its opposite 0, half of it half, of either instruction."""
     edits = [toy.edit("test", i) for i in (0, 2)]             # a colour and a shape
     images, truth = toy.render([e.scene for e in edits]), toy.render([e.edited for e in edits])
     mask = edit_mask(images, truth)[:, 0].float()
@@ -161,12 +160,11 @@ def test_attention_is_judged_by_the_true_mask(monkeypatch):
     monkeypatch.setattr("experiments.truth.edit_region", maps)
     scores = judge_attention(None, edits, images, truth)
     assert {name: score.tolist() for name, score in scores.items()} == {
-        "A_f IoU": [1, 1], "A_f pointing": [1, 1], "A_r IoU": [0, 0], "A_r pointing": [0, 0], "agreement": [0, 0],
-        "mask": pytest.approx(mask.mean((1, 2)).tolist())}
+        "A_f IoU": [1, 1], "A_r IoU": [0, 0], "agreement": [0, 0]}
     given = dict.fromkeys(given, half)
     scores = judge_attention(None, edits, images, truth)
     assert scores["A_r IoU"].tolist() == pytest.approx([.5, .5], abs=.02)
-    assert scores["A_r pointing"].tolist() == [1, 1]
+    assert scores["agreement"].tolist() == [1, 1]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -201,10 +199,10 @@ def test_attention_and_the_ascent_are_shown_on_demand(capsys):
     evaluate.main(["--scenes", "2", "--steps", "1", "--attention", "--ascent"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert header[-4:] == list(evaluate.ATTENTION) and {len(row) for row in rows} == {len(header)}
+    assert header[-3:] == list(evaluate.ATTENTION) and {len(row) for row in rows} == {len(header)}
     assert [row[0] for row in rows[:3]] == [
         "copy of the input", "true edit through the VAE", "CLIP ascent on the latents"]
-    assert rows[0][-4:] == [""] * 4 and all(0 <= float(cell) <= 1 for cell in rows[3][-4:])
+    assert rows[0][-3:] == [""] * 3 and all(0 <= float(cell) <= 1 for cell in rows[3][-3:])
 
 
 def test_the_picture_of_the_steps(tmp_path):
