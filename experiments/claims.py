@@ -43,7 +43,6 @@ SHOWN = 6                                      # edits in the picture
 # {run: (its title, the arguments of train.py)}.  All else is as the toy's usual training has it.
 ON = ["--model", "{start}/baseline/model", "--steps", "300"]
 RUNS = {
-    "control": ("control: supervised, on true pairs", ["--objective", "ip2p"]),
     "baseline": ("baseline: supervised, on entangled pairs", ["--objective", "ip2p"]),
     "scratch": ("scratch: the cycle from text-to-image, 2,750 steps, after 1,000 of denoising",
                 ["--model", f"{train.TOY}/text2image", "--warmup", "1000", "--steps", "3750"]),
@@ -56,8 +55,8 @@ RUNS = {
     "pairs": ("pairs: from the baseline, more pairs",
               [*ON, "--objective", "ip2p", "--batch-size", "8", "--lr", "2e-4"]),
 }
-FIRST = ("control", "baseline", "scratch")     # the others start from the baselines, in turn
-FEWER = {"control": 1, "baseline": 2, "scratch": 1, "denoise": 2, "pairs": 2}       # of how many of the seeds
+FIRST = ("baseline", "scratch")    # the others start from the baselines, in turn
+FEWER = {"baseline": 2, "scratch": 1, "denoise": 2, "pairs": 2}       # of how many of the seeds
 
 # the columns of the report
 EDITS = ("exact", "objects", "L1", "L2", "inside", "outside", "done", "right", "CLIP-I", "CLIP-T", "direction")
@@ -273,16 +272,6 @@ def arguments(name, seed, start, times):
     return [*given, "--seed", str(seed), "--save-every", "150"]
 
 
-@contextlib.contextmanager
-def biases(leak, drift):
-    """The toy worlds that are opened inside have pairs with these."""
-    before, toy.BIASES = toy.BIASES, (leak, drift)
-    try:
-        yield
-    finally:
-        toy.BIASES = before
-
-
 def fulfil(name, folder, given, judge_path, on):
     """Trains a run and judges it; what is there is kept.  All output goes into the run's log.txt."""
     output = folder / name
@@ -291,8 +280,7 @@ def fulfil(name, folder, given, judge_path, on):
     if not file.is_file():
         with open(output / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                with biases(0, 0) if name == "control" else contextlib.nullcontext():
-                    train.main([*given, "--device", on, "--output", str(output)])
+                train.main([*given, "--device", on, "--output", str(output)])
             except SystemExit:
                 raise ValueError(f"a training stopped; the end of {output / 'log.txt'} says why") from None
             clip = ClipScorer.from_pretrained(judge_path)

@@ -1,6 +1,5 @@
 """experiments/claims.py: verdicts by numbers worked out by hand, and a run of one step as the study makes it."""
 import json
-import pickle
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,6 @@ from PIL import Image
 
 import toy
 import train
-from data import ToyWorld
 from experiments import claims
 from losses import ClipScorer
 from uip2p import EditModel
@@ -161,23 +159,6 @@ def test_the_arguments_of_a_run():
     assert supervised.steps == train.parse(["--objective", "ip2p"])[1].steps              # not a cycle
 
 
-def test_only_the_control_learns_from_true_pairs(tmp_path, monkeypatch):
-    """Its pairs are the true edits, though it has the arguments of the baseline; also those that another process
-    renders, as the data's workers on a GPU are, which may be new processes."""
-    worlds, truth = [], toy.render([toy.edit("train", 0).edited])[0]
-
-    def learn(argv):
-        worlds.append(pickle.dumps(ToyWorld("train", 1, pairs=True)))
-        raise SystemExit
-    monkeypatch.setattr(train, "main", learn)
-    assert claims.arguments("control", 0, "", 1) == claims.arguments("baseline", 0, "", 1)
-    for name in ("baseline", "control", "baseline"):
-        with pytest.raises(ValueError):
-            claims.fulfil(name, tmp_path, [], CLIP, "cpu")
-    learned = [torch.equal(pickle.loads(world).load(0, 0)[0][1], truth) for world in worlds]
-    assert learned == [False, True, False]
-
-
 def test_a_training_that_stops_names_its_log(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="log.txt says why"):
         claims.fulfil("attn", tmp_path, ["--model", f"{tmp_path}/nothing-here"], CLIP, "cpu")
@@ -240,7 +221,7 @@ def test_a_study_stops_at_the_first_training_that_does(study, capsys):
     with pytest.raises(SystemExit) as stop:
         run("--jobs", "1", at=("baseline", 1))
     assert stop.value.code == 2 and "experiments.claims: error: it broke" in capsys.readouterr().err
-    assert len(made) < 5                                      # of the six that were waiting
+    assert len(made) < 3                                      # the judge, and one of the two that were waiting
 
 
 @pytest.mark.parametrize("seeds", [["0", "0"], ["-1"], [str(i) for i in range(11)]])

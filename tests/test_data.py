@@ -1,6 +1,7 @@
 """The order of samples, and where they come from: folders of images, shards, InstructPix2Pix's tree, mixes."""
 import io
 import json
+import pickle
 import random
 import shutil
 import tarfile
@@ -86,6 +87,15 @@ def test_toy_pairs_do_not_depend_on_the_batch_and_are_not_the_truth():
     assert torch.equal(batch.edited_images[2], of_toy(world, 3).edited_images[0])
     truth = toy.render([toy.edit("train", i).edited for i in (7, 0, 3)])
     assert ((batch.edited_images - truth).abs().flatten(1).mean(1) > 0.01).all()
+
+
+def test_toy_pairs_without_biases_are_true_also_in_another_process(monkeypatch):
+    """A world keeps the biases it was opened with: the data's workers on a GPU are new processes."""
+    monkeypatch.setattr(toy, "BIASES", (0, 0))
+    world = ToyWorld("train", 20, pairs=True)
+    monkeypatch.undo()
+    shown = of_toy(pickle.loads(pickle.dumps(world)), 7).edited_images
+    assert torch.equal(shown, toy.render([toy.edit("train", 7).edited]))
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
