@@ -43,6 +43,7 @@ VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
 SCALES = 7.5, 1.5                              # guidance of the edits
 STEPS = 1, 5, 15, 50                           # of the edits
 BATCHES = 1, 4, 16, 64, 256                    # of training, to the largest that fits
+BATCH = 16                                     # whose parts are measured
 REPEATS, FAST, SLOW = 5, 1, 10                 # below FAST s 3 times as many; above SLOW s 1, not warmed up
 COLUMNS = "what", "batch", "s", "spread", "images/s", "GiB", "TFLOP", "TFLOP/s", "of peak", "of plain"
 PERCENT = "spread", "of peak", "of plain"
@@ -388,7 +389,7 @@ def measure(args):
     print("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
     table = Table(args.device, args.budget)
     table.machine(DTYPES["fp32" if toy and not cuda else "bf16"])             # train.py's precision
-    trainings = [("cross-attention", (1, 16), None), ("all", BATCHES, 16)]
+    trainings = [("cross-attention", (1, BATCH), None), ("all", BATCHES, BATCH)]
     if not cuda and not toy:
         print("not measured: training all, and larger batches, for which a laptop is too small")
         trainings = [("cross-attention", (1,), 1)]

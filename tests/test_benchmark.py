@@ -39,7 +39,8 @@ def test_what_does_not_fit_is_not_measured(capsys):
 
 def test_the_table_of_the_toy(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "SLOW", 0)  # one run each
-    monkeypatch.setattr(benchmark, "BATCHES", (16,))
+    monkeypatch.setattr(benchmark, "BATCHES", (2,))
+    monkeypatch.setattr(benchmark, "BATCH", 2)
     monkeypatch.setattr(benchmark, "STEPS", (1, 5))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: None)
     benchmark.main(["--size", "toy", "--budget", "10000", "--output", str(tmp_path / "out.json")])
@@ -50,9 +51,9 @@ def test_the_table_of_the_toy(tmp_path, capsys, monkeypatch):
     assert edit["of plain"] == pytest.approx(edit["s"] / plain["s"]) and 0 < edit["of peak"] < 1
     unet, encode, decode = (named[part, 1]["TFLOP"] for part in ("UNet forward", "VAE encode", "VAE decode"))
     assert named["edit, 5 steps", 8]["TFLOP"] == pytest.approx(8 * (15 * unet + encode + decode))
-    assert 0 < named["training step, all", 16]["of peak"] < 1 and 0 < named["CLIP and its backward", 16]["of peak"] < 1
+    assert 0 < named["training step, all", 2]["of peak"] < 1 and 0 < named["CLIP and its backward", 2]["of peak"] < 1
     assert "the bottleneck of an edit of 50 steps: UNet" in said
-    assert "the bottleneck of training step, all, batch 16: " in said
+    assert "the bottleneck of training step, all, batch 2: " in said
     assert "the machine's peak" in said and "torch: " in said and ("compiled edit, 5 steps", 1) in named
 
 
@@ -71,7 +72,7 @@ def test_with_checkpointing_a_training_step_computes_more(monkeypatch):
             model.unet.checkpointing = model.vae.checkpointing = checkpointing
             return weights
         monkeypatch.setattr(benchmark.train, "prepare", prepared)
-        benchmark.training(benchmark.Table("cpu", 100), "toy", "all", (16,), None, 0)
+        benchmark.training(benchmark.Table("cpu", 100), "toy", "all", (2,), None, 0)
     assert costs[2] > costs[0] > 0             # after each, the moving average
 
 

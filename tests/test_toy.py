@@ -234,7 +234,7 @@ def short(monkeypatch):
 
 
 def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, short, capsys):
-    pretrain.main(["--clip-steps", "2", "--vae-steps", "2", "--text2image-steps", "2", "--output", str(tmp_path)])
+    pretrain.main(["--clip-steps", "1", "--vae-steps", "1", "--text2image-steps", "1", "--output", str(tmp_path)])
     said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert said == ["clip", "VAE", "text2image", "text2image"]
     new, shipped = (EditModel.from_pretrained(path / "text2image") for path in (tmp_path, pretrain.TOY))
@@ -249,7 +249,7 @@ def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, short, 
 
 def test_a_pretraining_that_was_stopped_goes_on(tmp_path, short, monkeypatch, capsys):
     """Stopped in its second part, it makes the first one not again, and ends with the same bytes."""
-    command = ["--parts", "text2image", "vae", "--vae-steps", "1", "--text2image-steps", "3", "--output"]
+    command = ["--parts", "text2image", "vae", "--vae-steps", "1", "--text2image-steps", "2", "--output"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in whole, stopped:
         for name in pretrain.PARTS["clip"]:
@@ -258,11 +258,11 @@ def test_a_pretraining_that_was_stopped_goes_on(tmp_path, short, monkeypatch, ca
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         save_run = pretrain.save_run
 
-        def stop_at_2(folder, settings, parts, run):
+        def stop_at_1(folder, settings, parts, run):
             save_run(folder, settings, parts, run)
-            if run["step"] == 2:
+            if run["step"] == 1:
                 raise KeyboardInterrupt
-        patch.setattr(pretrain, "save_run", stop_at_2)
+        patch.setattr(pretrain, "save_run", stop_at_1)
         pretrain.main([*command, str(stopped)])
     assert {f.name for f in stopped.iterdir()} == {*pretrain.PARTS["clip"], "unfinished"}
     capsys.readouterr()

@@ -29,7 +29,7 @@ def test_the_cells_print_what_their_outputs_say(monkeypatch):
         assert [re.sub(NUMBER, "", line) for line in lines] == [re.sub(NUMBER, "", line) for line in committed]
         for new, old in zip(lines, committed):
             numbers = [[float(number) for number in re.findall(NUMBER, line)] for line in (new, old)]
-            assert numbers[0] == pytest.approx(numbers[1], abs=0.11 if "exact" in old else 0.02, rel=0.05), old
+            assert numbers[0] == pytest.approx(numbers[1], abs=0.11 if "exact" in old else 0.01, rel=0.05), old
 
 
 def test_the_notebook_is_short_small_and_executed():
