@@ -158,7 +158,7 @@ def looks(edits):
 
 
 def measure_rule(model, edits):
-    """Of the rule of losses.py, in edits of an object: {"AUC": (N,), "which": (M,), without the scenes of one object}."""
+    """The measures of the rule of losses.py: {"AUC": (N,), "which": (M,), M where there are other objects}."""
     (inputs, conditions, texts), (masks, objects, _) = looks(edits)
     words = content_words(model.tokenizer, model.tokenize(texts))
     maps = mean_map([reduce_map(probs, words) for probs in capture(model, inputs, conditions, texts, T)])

@@ -1,6 +1,7 @@
 """Decides the paper's claims in the toy world: trains the editors they compare, several seeds of each, and judges them.
 
     python -m experiments.claims                              # five seeds, two trainings side by side: some hours
+    python -m experiments.claims --runs base sim attn                          # only what each loss adds
     python -m experiments.claims --seeds 0 --times 3 --output runs/longer      # one seed, thrice the steps
 
 Every training has its folder below --output, with scores.json once it is judged: the same command resumes.  The end is
@@ -210,21 +211,22 @@ def table(columns, rows):
 
 def report(scores, references):
     """The lines of claims.md, from {run: {score: [a value for each seed]}} and {what is no run: {score: value}}."""
-    seeds = len(scores["attn"]["L1"])
-    rows = {title: scores[run] for run, (title, _) in RUNS.items()}
+    seeds = max(len(row["L1"]) for row in scores.values())
+    claims = [claim for claim in CLAIMS if {claim.run, claim.other} <= scores.keys()]
+    rows = {RUNS[run][0]: row for run, row in scores.items()}
     single = {name: {column: [row[column]] for column in EDITS} for name, row in references.items()}
-    few = ", ".join(f"{len(scores[run]['L1'])} of the {run}" for run in FEWER)
-    lines = [f"{seeds} seeds of the training, but {few}: mean ± standard deviation over them.  The same for all are",
-             f"the CLIP, VAE and UNet that they start from, the judge and its {SCENES} held-out scenes.  {STEPS} steps",
+    few = ", ".join(f"{run} {len(scores[run]['L1'])}" for run in FEWER if run in scores)
+    lines = [f"{seeds} seeds of the training (fewer of: {few}): mean ± standard deviation over them.  The same for all",
+             f"are the CLIP, VAE and UNet that they start from, the judge and its {SCENES} held-out scenes.  {STEPS} steps",
              f"unless a column says otherwise; the second table has the first {FEW} scenes.", "",
              *table(EDITS, single | rows), *table(MORE, rows), *table(MAPS, rows),
              "The column *the paper* has MagicBrush's photographs, judged by CLIP ViT-B/32, after 11,000 steps of 768 "
              "images; its baseline", "is InstructPix2Pix.  So only the sign of a difference can be compared with it, "
              "not its size.", "",
-             f"Verdicts by 95 % intervals (Student's t, paired by seed); of {len(CLAIMS)} such, one would miss by "
+             f"Verdicts by 95 % intervals (Student's t, paired by seed); of {len(claims)} such, one would miss by "
              "chance.", "",
              "| claim | the paper | score, of - | mean | 95 % | seeds for it | verdict |", "|---" * 7 + "|"]
-    for claim in CLAIMS:
+    for claim in claims:
         pairs = zip(scores[claim.run][claim.score], itertools.cycle(scores[claim.other][claim.score]))
         differences = [ours - other for ours, other in pairs]     # of fewer seeds: of the same baseline
         either_side = f"± {margin(differences):.3f}" if len(differences) > 1 else ""
@@ -249,12 +251,12 @@ def references(clip):
     return found
 
 
-def picture(folder):
+def picture(folder, runs):
     """The first test scenes, as each run of the first seed edits them."""
     edits = [toy.edit("test", i) for i in range(SHOWN)]
     images, instructions = toy.render([e.scene for e in edits]), [e.instruction for e in edits]
     columns = {"input": images}
-    for name in RUNS:
+    for name in runs:
         model = load_editor(folder / name / "model")
         columns[name] = sample(model, images, instructions)
     columns["true edit"] = toy.render([e.edited for e in edits])
@@ -295,7 +297,7 @@ def train_all(folders, args):
     """Trains and judges all runs of all seeds; folders: {seed: its folder}.  The first that fails ends it."""
     baselines = itertools.cycle(list(folders)[:FEWER["baseline"]])
     starts = dict(zip(folders, baselines))     # {seed: that of its baseline}
-    wanted = [(name, seed) for name in RUNS for seed in list(folders)[:FEWER.get(name)]]
+    wanted = [(name, seed) for name in args.runs for seed in list(folders)[:FEWER.get(name)]]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // args.jobs, 1)))        # of each training
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     jobs = {}                                  # {a training: its run and seed}
@@ -322,7 +324,7 @@ def train_all(folders, args):
 
 
 def study(args):
-    print(f"seeds {', '.join(map(str, args.seeds))} of {len(RUNS)} trainings, {args.jobs} side by side on "
+    print(f"seeds {', '.join(map(str, args.seeds))} of {len(args.runs)} trainings, {args.jobs} side by side on "
           f"{args.device}, below {args.output}")
     sweep(args.output)
     if not (args.output / JUDGE / "model.safetensors").is_file():
@@ -331,7 +333,7 @@ def study(args):
     train_all(folders, args)
 
     scores = {}
-    for run in RUNS:
+    for run in args.runs:
         of = args.seeds[:FEWER.get(run)]
         files = [folders[seed] / run / "scores.json" for seed in of]
         with about(f"a scores.json of {run} is damaged; remove it, and it is made again"):
@@ -341,13 +343,15 @@ def study(args):
     content = json.dumps({"seeds": args.seeds, "scores": scores}, indent=1)
     for suffix, text in (("md", "\n".join(lines)), ("json", content)):
         replace_file(args.output / f"claims.{suffix}", lambda temporary: temporary.write_text(text + "\n"))
-    save_png(picture(folders[args.seeds[0]]), args.output / "claims.png")
+    save_png(picture(folders[args.seeds[0]], args.runs), args.output / "claims.png")
     print("\n" + "\n".join(lines))
 
 
 def main(argv=None):
     p = Parser("experiments.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=seed_int, nargs="+", default=list(range(5)), help="of the trainings (0 1 2 3 4)")
+    p.add_argument("--runs", choices=RUNS, nargs="+", default=list(RUNS), metavar="RUN",
+                   help=f"of {', '.join(RUNS)}, and the baseline (all)")
     p.add_argument("--times", type=number(int, 1, 100), default=1, help="the steps of the cycles (%(default)s)")
     p.add_argument("--jobs", type=number(int, 1, 64), default=2, help="trainings side by side (%(default)s)")
     p.add_argument("--output", type=Path, default=Path("runs/claims"), help="(%(default)s)")
@@ -355,6 +359,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not len(set(args.seeds)) == len(args.seeds) <= len(T) + 1:
         p.error(f"--seeds: up to {len(T) + 1} different ones")
+    args.runs = [run for run in RUNS if run == "baseline" or run in args.runs]
     with errors(p), claimed(args.output):
         try:
             study(args)

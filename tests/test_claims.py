@@ -199,7 +199,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(claims.pretrain, "main", lambda argv: made.append(argv))
     monkeypatch.setattr(claims.ClipScorer, "from_pretrained", lambda path: path)
     monkeypatch.setattr(claims, "references", lambda clip: {"copy": dict.fromkeys(claims.EDITS, .5)})
-    monkeypatch.setattr(claims, "picture", lambda folder: Image.new("RGB", (folder == tmp_path / "out/seed-1", 1)))
+    monkeypatch.setattr(claims, "picture", lambda folder, _: Image.new("RGB", (folder == tmp_path / "out/seed-1", 1)))
     return made, run
 
 
@@ -215,6 +215,14 @@ def test_a_study_makes_the_judge_and_every_run_and_writes_what_they_say(study, c
     assert "0.233 ± 0.153" in text and text.strip() in capsys.readouterr().out             # of .1, .2, .4
     assert json.loads((output / "claims.json").read_text())["scores"]["attn"]["L1"] == [.1, .2, .4]
     assert Image.open(output / "claims.png").size == (1, 1)                                 # of the first seed
+
+
+def test_a_part_of_the_study_has_the_claims_of_its_runs(study):
+    made, run = study
+    text = (run("--runs", "attn", "sim") / "claims.md").read_text()
+    assert sorted(made[1:]) == [("attn", 1), ("attn", 2), ("attn", 4), ("baseline", 1), ("baseline", 2),
+                                ("sim", 1), ("sim", 2), ("sim", 4)]
+    assert ": attn - sim |" in text and ": attn - baseline |" in text and ": sim - base |" not in text
 
 
 def test_a_study_stops_at_the_first_training_that_does(study, capsys):
