@@ -216,9 +216,9 @@ def report(scores, references):
     rows = {RUNS[run][0]: row for run, row in scores.items()}
     single = {name: {column: [row[column]] for column in EDITS} for name, row in references.items()}
     few = ", ".join(f"{run} {len(scores[run]['L1'])}" for run in FEWER if run in scores)
-    lines = [f"{seeds} seeds of the training (fewer of: {few}): mean ± standard deviation over them.  The same for all",
-             f"are the CLIP, VAE and UNet that they start from, the judge and its {SCENES} held-out scenes.  {STEPS} steps",
-             f"unless a column says otherwise; the second table has the first {FEW} scenes.", "",
+    lines = [f"{seeds} seeds of the training (fewer of: {few}), mean ± standard deviation; {SCENES} held-out scenes,",
+             f"{STEPS} steps; in the second table the first {FEW} scenes.  The same for all are the CLIP, VAE and UNet",
+             "that they start from, and the judge.", "",
              *table(EDITS, single | rows), *table(MORE, rows), *table(MAPS, rows),
              "The column *the paper* has MagicBrush's photographs, judged by CLIP ViT-B/32, after 11,000 steps of 768 "
              "images; its baseline", "is InstructPix2Pix.  So only the sign of a difference can be compared with it, "
