@@ -35,13 +35,13 @@ def attention_loss(forward_maps, reverse_maps):
 
     forward_maps, reverse_maps: lists of (B, h, w), one map for each layer i
     The paper does not say how A is scaled.  Here each map gets the mean 0 and the deviation 1, so
-    the loss is sqrt(2 - 2 correlation): maps that are only divided by their means agree by becoming
-    flat.  And A_f is a target without gradient, so that the reverse edit learns to look where the
-    forward one does: if both move, they agree on what does not change (docs/evidence.md).  The sum
-    over i is a mean here, so that the weight does not depend on the number of layers."""
+    the loss is sqrt(2 - 2 correlation).  If maps are only divided by their means, both become flat:
+    they agree by looking nowhere.  Like this they may still agree by looking at what does not
+    change (docs/evidence.md).  The sum over i is a mean here, so that the weight does not depend on
+    the number of layers."""
     loss = 0
     for A_f, A_r in zip(forward_maps, reverse_maps, strict=True):
-        loss = loss + rms(standardise(A_f.detach()) - standardise(A_r)).mean()
+        loss = loss + rms(standardise(A_f) - standardise(A_r)).mean()
     return loss / len(forward_maps)
 
 def reconstruction_loss(images, reconstructed, E_input, E_recon):

@@ -148,22 +148,15 @@ def test_losses_have_finite_gradients_where_they_are_zero():
     """The root of 0 has none, and an edit that changes nothing has no direction: both are where training starts."""
     maps, images, E = (torch.rand(1, *size).requires_grad_() for size in ((4, 4), (3, 4, 4), (5,)))
     fixed = E.detach()
-    (attention_loss([maps.detach()], [maps]) + reconstruction_loss(images.detach(), images, fixed, E)
+    (attention_loss([maps], [maps.detach()]) + reconstruction_loss(images.detach(), images, fixed, E)
      + clip_direction_loss(fixed, E, torch.zeros(1, 5), torch.ones(1, 5))).backward()
     assert all(x.grad.isfinite().all() for x in (maps, images, E))
 
 
 def test_a_flat_map_leaves_the_gradient_small():
     flat = (1 + 1e-7 * torch.rand(1, 4, 4)).requires_grad_()
-    attention_loss([torch.rand(1, 4, 4)], [flat]).backward()
+    attention_loss([flat], [torch.rand(1, 4, 4)]).backward()
     assert flat.grad.abs().max() < 100
-
-
-def test_attention_loss_moves_the_reverse_map_alone():
-    f, r = (torch.rand(1, 4, 4).requires_grad_() for _ in range(2))
-    before = attention_loss([f], [r])
-    before.backward()
-    assert f.grad is None and attention_loss([f], [r - 0.01 * r.grad]) < before
 
 
 def test_edit_region_finds_the_pixels_of_the_words(golden, monkeypatch):
@@ -340,15 +333,13 @@ def test_the_reconstructions_gradient_flows_through_both_edits(trained, scorer, 
 
 
 def test_attention_loss_trains_both_edits(trained, scorer, expected):
-    """The reverse edit by its maps; the forward one by the edit that it hands on, which its last layer makes."""
     images = expected["vae.images"]
     trip = round_trip(trained, images)
-    for m in trip.reverse_maps:
+    maps = trip.forward_maps + trip.reverse_maps
+    for m in maps:
         m.retain_grad()
-    trained.unet.zero_grad()
     cycle_losses(scorer, images, CAPTIONS, EDITED, trip, *words_of(trained))["attn"].backward()
-    assert all(m.grad.abs().sum() > 0 for m in trip.reverse_maps)
-    assert trained.unet.conv_out.weight.grad.abs().sum() > 0
+    assert all(m.grad.abs().sum() > 0 for m in maps)
 
 
 def test_L_CEC_joins_the_right_inputs_with_the_papers_weights(scorer):
