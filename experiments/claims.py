@@ -216,7 +216,7 @@ def report(scores, references):
     rows = {RUNS[run][0]: row for run, row in scores.items()}
     single = {name: {column: [row[column]] for column in EDITS} for name, row in references.items()}
     few = ", ".join(f"{run} {len(scores[run]['L1'])}" for run in FEWER if run in scores)
-    lines = [f"{seeds} seeds of the training (fewer of: {few}), mean ± standard deviation; {SCENES} held-out scenes,",
+    lines = [f"Seeds of the training: {seeds} ({few}), mean ± standard deviation; {SCENES} held-out scenes,",
              f"{STEPS} steps; in the second table the first {FEW} scenes.  The same for all are the CLIP, VAE and UNet",
              "that they start from, and the judge.", "",
              *table(EDITS, single | rows), *table(MORE, rows), *table(MAPS, rows),
