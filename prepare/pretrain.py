@@ -43,7 +43,8 @@ PARTS = {"clip": ("tokenizer", "clip", "text_encoder"), "vae": ("vae",),
 WIDTH = 64                                # of the text encoder, hence of the UNet's context
 TOKENS = 24                               # of a text, instead of 77: the longest caption has 17
 SAVE_EVERY = 250                          # steps of a training, which goes on from there
-LATENTS = 500                             # batches of 128 scenes that text2image learns from
+BATCH = 64                                # edits, each with two scenes; of the VAE a quarter
+LATENTS = 500                             # batches of scenes that text2image learns from
 TESTED = 100                              # scenes that a part is tested with
 
 # ---- sizes, and the recommendations of the toy's models ------------------------------------------------------------
@@ -197,7 +198,7 @@ def pretrain_clip(folder, tokenizer, config, args):
         return clip(**tokens, pixel_values=images).logits_per_image.float()   # (B, B)
 
     def loss_of(step):
-        scenes = scenes_of_edits(step, 64)
+        scenes = scenes_of_edits(step, BATCH)
         logits = similarities(scenes, degrade(toy.render(scenes)))            # (B, B)
         same = same_contents(scenes)
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
@@ -236,7 +237,7 @@ def pretrain_vae(path, args):
     vae = VAE(AUTOENCODER)
 
     def loss_of(step):
-        images = toy.render([any_colours(scene) for scene in scenes_of_edits(step, 16)])
+        images = toy.render([any_colours(scene) for scene in scenes_of_edits(step, BATCH // 4)])
         mean, logvar = (moment.float() for moment in vae.moments(images))     # (B, 4, h, w) each
         decoded = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean))
         kl = (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
@@ -272,13 +273,13 @@ def pretrain_text2image(path, args):
     captions, latents = [], []
     with torch.no_grad(), autocast(args):
         for part in trange(LATENTS, desc="latents"):
-            scenes = scenes_of_edits(part, 64)
+            scenes = scenes_of_edits(part, BATCH)
             captions += [scene.caption for scene in scenes]
             latents.append(model.encode(toy.render(scenes)).float())
     latents = torch.cat(latents)                                              # (N, 4, h, w)
 
     def loss_of(step):
-        rows = torch.randint(len(latents), (64,))
+        rows = torch.randint(len(latents), (BATCH,))
         context = model.encode_text([captions[i] if random.random() > 0.1 else "" for i in rows])
         z_0 = latents[rows]                                                   # (B, 4, h, w)
         noise = torch.randn_like(z_0)

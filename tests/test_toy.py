@@ -229,7 +229,7 @@ def test_the_vae_shows_the_tints_of_entangled_pairs(edits):
 @pytest.fixture
 def short(monkeypatch):
     """Few scenes, and what is done is saved after each step."""
-    for name, value in (("LATENTS", 2), ("TESTED", 4), ("SAVE_EVERY", 1)):
+    for name, value in (("BATCH", 4), ("LATENTS", 2), ("TESTED", 4), ("SAVE_EVERY", 1)):
         monkeypatch.setattr(pretrain, name, value)
 
 
@@ -249,7 +249,7 @@ def test_the_parts_of_a_new_toy_model_are_those_of_the_old_one(tmp_path, short, 
 
 def test_a_pretraining_that_was_stopped_goes_on(tmp_path, short, monkeypatch, capsys):
     """Stopped in its second part, it makes the first one not again, and ends with the same bytes."""
-    command = ["--parts", "text2image", "vae", "--vae-steps", "1", "--text2image-steps", "2", "--output"]
+    command = ["--parts", "text2image", "vae", "--vae-steps", "1", "--text2image-steps", "3", "--output"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in whole, stopped:
         for name in pretrain.PARTS["clip"]:
@@ -258,11 +258,11 @@ def test_a_pretraining_that_was_stopped_goes_on(tmp_path, short, monkeypatch, ca
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         save_run = pretrain.save_run
 
-        def stop_at_1(folder, settings, parts, run):
+        def stop_at_2(folder, settings, parts, run):
             save_run(folder, settings, parts, run)
-            if run["step"] == 1:
+            if run["step"] == 2:
                 raise KeyboardInterrupt
-        patch.setattr(pretrain, "save_run", stop_at_1)
+        patch.setattr(pretrain, "save_run", stop_at_2)
         pretrain.main([*command, str(stopped)])
     assert {f.name for f in stopped.iterdir()} == {*pretrain.PARTS["clip"], "unfinished"}
     capsys.readouterr()
