@@ -1,4 +1,5 @@
 """What the tests share: the golden model (a tiny random InstructPix2Pix) and what diffusers computes with it."""
+import functools
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ GOLDEN = Path(__file__).parent / "golden"
 TEMPORARY = tempfile.TemporaryDirectory()                     # for as long as the tests run
 
 
+@functools.cache
 def small_model():
     """The directory of the toy's editor with a UNet of a tenth of its size and random weights: to train for a step."""
     from checkpoint import save_network, write_json
