@@ -34,11 +34,10 @@ def attention_loss(forward_maps, reverse_maps):
     """L_attn = sum_i ||A_f^(i) - A_r^(i)||_2: both edits look at the same region.
 
     forward_maps, reverse_maps: lists of (B, h, w), one map for each layer i
-    The paper does not say how A is scaled.  Here each map gets the mean 0 and the deviation 1, so
-    the loss is sqrt(2 - 2 correlation).  If maps are only divided by their means, both become flat:
-    they agree by looking nowhere.  Like this they may still agree by looking at what does not
-    change (docs/evidence.md).  The sum over i is a mean here, so that the weight does not depend on
-    the number of layers."""
+    The paper does not say how A is scaled.  Here each map gets the mean 0 and the deviation 0.1.
+    If maps are only divided by their means, both become flat: they agree by looking nowhere.  If
+    the deviation is 1, both move to what does not change, and agree there (docs/evidence.md).  The
+    sum over i is a mean here, so that the weight does not depend on the number of layers."""
     loss = 0
     for A_f, A_r in zip(forward_maps, reverse_maps, strict=True):
         loss = loss + rms(standardise(A_f) - standardise(A_r)).mean()
@@ -80,10 +79,10 @@ def rms(x):
     return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
 
 def standardise(A):
-    """Maps (B, h, w) of mean 1 -> of mean 0 and deviation 1; what deviates by less than 1 % counts
-    as flat, and stays so."""
+    """Maps (B, h, w) of mean 1 -> of mean 0 and deviation 0.1; what deviates by less than 1 %
+    counts as flat, and stays so."""
     A = A - A.mean((1, 2), keepdim=True)                                      # (B, h, w)
-    return A / rms(A).clamp_min(0.01)[:, None, None]
+    return 0.1 * A / rms(A).clamp_min(0.01)[:, None, None]
 
 def content_words(tokenizer, ids):
     """Token ids (B, L) -> (B, L) of 0 and 1: 1 for a word that names something, and for the first
