@@ -42,6 +42,7 @@ VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
           "patch_size": 14}
 SCALES = 7.5, 1.5                              # guidance of the edits
 STEPS = 1, 5, 15, 50                           # of the edits
+EDITED = 1, 8                                  # images at once
 BATCHES = 1, 4, 16, 64, 256                    # of training, to the largest that fits
 BATCH = 16                                     # whose parts are measured
 REPEATS, FAST, SLOW = 5, 1, 10                 # below FAST s 3 times as many; above SLOW s 1, not warmed up
@@ -343,7 +344,7 @@ def edits(table, size, dtype):
     variants = [("plain loop", contiguous, functools.partial(plain_edit, model)), ("edit", channels_last, model.edit)]
     if not table.cuda and dtype == torch.float32:
         variants.append(("bf16 edit", functools.partial(to, torch.channels_last, torch.bfloat16), model.edit))
-    for batch in (1, 8):
+    for batch in EDITED:
         for steps in STEPS:
             table.lines(batch, [entry(*variant, batch, steps) for variant in variants])
 

@@ -41,7 +41,9 @@ def test_the_table_of_the_toy(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "SLOW", 0)  # one run each
     monkeypatch.setattr(benchmark, "BATCHES", (2,))
     monkeypatch.setattr(benchmark, "BATCH", 2)
-    monkeypatch.setattr(benchmark, "STEPS", (1, 5))
+    monkeypatch.setattr(benchmark, "REPEATS", 1)
+    monkeypatch.setattr(benchmark, "STEPS", (1, 2))
+    monkeypatch.setattr(benchmark, "EDITED", (1, 2))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: None)
     benchmark.main(["--size", "toy", "--budget", "10000", "--output", str(tmp_path / "out.json")])
     rows, said = json.loads((tmp_path / "out.json").read_text())["rows"], capsys.readouterr().out
@@ -50,11 +52,11 @@ def test_the_table_of_the_toy(tmp_path, capsys, monkeypatch):
     edit, plain = named["edit, 1 steps", 1], named["plain loop, 1 steps", 1]
     assert edit["of plain"] == pytest.approx(edit["s"] / plain["s"]) and 0 < edit["of peak"] < 1
     unet, encode, decode = (named[part, 1]["TFLOP"] for part in ("UNet forward", "VAE encode", "VAE decode"))
-    assert named["edit, 5 steps", 8]["TFLOP"] == pytest.approx(8 * (15 * unet + encode + decode))
+    assert named["edit, 2 steps", 2]["TFLOP"] == pytest.approx(2 * (6 * unet + encode + decode))
     assert 0 < named["training step, all", 2]["of peak"] < 1 and 0 < named["CLIP and its backward", 2]["of peak"] < 1
     assert "the bottleneck of an edit of 50 steps: UNet" in said
     assert "the bottleneck of training step, all, batch 2: " in said
-    assert "the machine's peak" in said and "torch: " in said and ("compiled edit, 5 steps", 1) in named
+    assert "the machine's peak" in said and "torch: " in said and ("compiled edit, 2 steps", 1) in named
 
 
 def test_flops_are_those_of_multiplications_and_additions_in_fused_attention_too():
