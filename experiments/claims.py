@@ -56,7 +56,7 @@ RUNS = {
     "pairs": ("pairs: from the baseline, more pairs",
               [*ON, "--objective", "ip2p", "--batch-size", "8", "--lr", "2e-4"]),
 }
-FIRST = ("baseline", "scratch")    # the others start from the baselines, in turn
+FIRST = [run for run, (_, given) in RUNS.items() if "{start}/baseline/model" not in given]    # others: from a baseline
 FEWER = {"baseline": 2, "scratch": 1, "denoise": 2, "pairs": 2}       # of how many of the seeds
 
 # the columns of the report
