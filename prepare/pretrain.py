@@ -46,6 +46,7 @@ SAVE_EVERY = 250                          # steps of a training, which goes on f
 BATCH = 64                                # edits, each with two scenes; of the VAE a quarter
 LATENTS = 500                             # batches of scenes that text2image learns from
 TESTED = 100                              # scenes that a part is tested with
+SAMPLED = 20                              # steps of the images that text2image is tested with
 
 # ---- sizes, and the recommendations of the toy's models ------------------------------------------------------------
 
@@ -296,7 +297,7 @@ def pretrain_text2image(path, args):
     model = EditModel.from_pretrained(path / "text2image")
     for split in ("validation", "test"):
         scenes = [toy.edit(split, i).scene for i in range(TESTED)]
-        generated = model.edit(toy.render(scenes), [scene.caption for scene in scenes], steps=20, text_guidance=3.0,
+        generated = model.edit(toy.render(scenes), [scene.caption for scene in scenes], SAMPLED, text_guidance=3.0,
                                image_guidance=1.0)
         shown = [contents(found) == contents(scene) and is_clean(found, image)
                  for scene, found, image in zip(scenes, read_scenes(generated), generated)]

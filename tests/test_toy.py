@@ -229,7 +229,7 @@ def test_the_vae_shows_the_tints_of_entangled_pairs(edits):
 @pytest.fixture
 def short(monkeypatch):
     """Few scenes, and what is done is saved after each step."""
-    for name, value in (("BATCH", 4), ("LATENTS", 2), ("TESTED", 4), ("SAVE_EVERY", 1)):
+    for name, value in (("BATCH", 4), ("LATENTS", 2), ("TESTED", 4), ("SAMPLED", 2), ("SAVE_EVERY", 1)):
         monkeypatch.setattr(pretrain, name, value)
 
 
