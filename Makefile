@@ -8,7 +8,7 @@ demo: .venv/installed
 	.venv/bin/python edit.py
 
 # Two processes side by side, which take about as long.
-SLOW = tests/test_train.py tests/test_walkthrough.py tests/test_claims.py
+SLOW = tests/test_train.py tests/test_walkthrough.py tests/test_claims.py tests/test_evaluate.py
 
 test: .venv/installed
 	$(MAKE) -j2 test-slow test-others
