@@ -79,8 +79,8 @@ def rms(x):
     return (x.flatten(1).float().square().mean(1) + 1e-8).sqrt()
 
 def standardise(A):
-    """Maps (B, h, w) of mean 1 -> of mean 0 and deviation 0.1; what deviates by less than 1 %
-    counts as flat, and stays so."""
+    """Maps (B, h, w) of mean 1 -> of mean 0 and deviation 0.1.  What deviates by less than 1 %
+    counts as flat, and is not stretched as far."""
     A = A - A.mean((1, 2), keepdim=True)                                      # (B, h, w)
     return 0.1 * A / rms(A).clamp_min(0.01)[:, None, None]
 
@@ -90,12 +90,15 @@ def content_words(tokenizer, ids):
     mask = torch.zeros(ids.shape)
     for b, row in enumerate(ids.tolist()):
         mask[b, row.index(tokenizer.eos_token_id)] = 1
+        begins = True                                 # whether the next piece begins a word
         for i, token in enumerate(tokenizer.convert_ids_to_tokens(row)):
+            if row[i] in tokenizer.all_special_ids:
+                continue
             word = token.removesuffix("</w>")         # "</w>" marks the end of a word
-            names_nothing = token != word and word in STOP_WORDS | VERBS
-            is_word = row[i] not in tokenizer.all_special_ids and any(map(str.isalnum, word))
-            if is_word and not names_nothing:
+            names_nothing = begins and token != word and word in STOP_WORDS | VERBS
+            if any(map(str.isalnum, word)) and not names_nothing:
                 mask[b, i] = 1
+            begins = token != word
     return mask
 
 def reduce_map(probs, words):
@@ -115,12 +118,13 @@ def reduce_map(probs, words):
 def edit_region(model, images, edited, instructions, t=500):
     """Where an instruction acts, for pictures: the maps A^(i) of one noise prediction are resized,
     averaged over all layers, and stretched to [0, 1].  images, edited (B, 3, H, W) -> (B, H, W).
-    This is our own, not LIME's localisation, see `reduce_map`."""
+    The edited images are noised, as in sampling.  This is our own, not LIME's localisation."""
     z_0 = model.encode(edited)                                                # (B, 4, h, w)
     noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)).to(z_0)
     t = torch.full((len(z_0),), t, device=z_0.device)
     x = torch.cat([model.add_noise(z_0, noise, t), model.vae.encode(images)], dim=1)
-    maps, words = [], content_words(model.tokenizer, model.tokenize(instructions))
+    words = content_words(model.tokenizer, model.tokenize(instructions))
+    maps = []
     model.unet(x, t, model.encode_text(instructions), maps)
     layers = [reduce_map(probs, words)[:, None] for probs in maps]            # (B, 1, h', w') each
     layers = [F.interpolate(A, images.shape[-2:], mode="bilinear") for A in layers]

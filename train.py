@@ -77,7 +77,8 @@ def parse(argv):
     args = p.parse_args(argv)
 
     # ---- what the data and the objective decide
-    supervised, toy = args.objective == "ip2p", args.data == ["toy"]
+    supervised = args.objective == "ip2p"
+    toy = args.data == ["toy"]
     for name in ("clip", "weights", "warmup") if supervised else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name} has no effect with --objective ip2p")
@@ -98,7 +99,8 @@ def parse(argv):
 
 def compute_losses(model, clip, batch, args, generator, warming_up=False):
     """What a batch minimises, "loss", and its parts: a dict of scalars."""
-    images, r = batch.images, torch.rand(len(batch.images), generator=generator)
+    images = batch.images
+    r = torch.rand(len(images), generator=generator)
     with autocast(args):
         if args.objective == "ip2p":
             return {"loss": denoising_loss(model, images, batch.edited_images, batch.instructions,

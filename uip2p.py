@@ -175,7 +175,8 @@ def cycle(model, images, instructions, reverse_instructions, t, t_hat, noise):
     images: (B, 3, H, W) in [-1, 1]; instructions, reverse_instructions: lists of B strings
     t, t_hat: (B,), timesteps of the two edits, drawn independently; noise: (2, B, 4, h, w)
     The lists of maps A_f and A_r are filled by `one_step`."""
-    scale, A_f, A_r = model.vae.scaling_factor, [], []
+    scale = model.vae.scaling_factor
+    A_f, A_r = [], []
     with torch.no_grad():
         z_input = model.encode(images)                                        # (B, 4, h, w)
     C_f, C_r = model.encode_text(instructions + reverse_instructions).chunk(2)    # (B, L, D)

@@ -93,6 +93,7 @@ def test_content_words(golden):
     assert kept("add 2 hills, to the left of it...") == words("2") + words("hills") + words("left") + end
     assert kept("") == kept("the , of") == kept("make it") == end
     assert "a" in words("animal") and kept("animal") == words("animal") + end      # the piece 'a' is not the word 'a'
+    assert words("rabbit")[-1] == "it</w>" and kept("see the rabbit") == words("see") + words("rabbit") + end
     assert mask_of(["red", "the sky"]).sum(1).tolist() == [len(words("red")) + 1, len(words("sky")) + 1]
 
 
