@@ -224,7 +224,8 @@ def report(scores, references):
              "images; its baseline", "is InstructPix2Pix.  So only the sign of a difference can be compared with it, "
              "not its size.", "",
              f"Verdicts by 95 % intervals (Student's t, paired by seed); of {len(claims)} such, one would miss by "
-             "chance.", "",
+             "chance.  Where a run has", "fewer seeds, each is compared with several, and the interval leaves out how "
+             "it varies itself.", "",
              "| claim | the paper | score, of - | mean | 95 % | seeds for it | verdict |", "|---" * 7 + "|"]
     for claim in claims:
         pairs = zip(scores[claim.run][claim.score], itertools.cycle(scores[claim.other][claim.score]))
