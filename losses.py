@@ -35,9 +35,9 @@ def attention_loss(forward_maps, reverse_maps):
 
     forward_maps, reverse_maps: lists of (B, h, w), one map for each layer i
     The paper does not say how A is scaled.  Here each map gets the mean 0 and the deviation 0.1.
-    If maps are only divided by their means, both become flat: they agree by looking nowhere.  If
-    the deviation is 1, both move to what does not change, and agree there (docs/evidence.md).  The
-    sum over i is a mean here, so that the weight does not depend on the number of layers."""
+    If maps are only divided by their means, both become flat: they agree by looking nowhere.  The
+    larger the deviation, the sooner both move to what does not change (docs/evidence.md).  The sum
+    over i is a mean here, so that the weight does not depend on the number of layers."""
     loss = 0
     for A_f, A_r in zip(forward_maps, reverse_maps, strict=True):
         loss = loss + rms(standardise(A_f) - standardise(A_r)).mean()
