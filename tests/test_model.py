@@ -221,13 +221,14 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(expected, checkpo
 
 
 def test_checkpointing_decodes_image_by_image_and_once_more(checkpoint):
-    vae, z = EditModel.from_pretrained(checkpoint).vae, torch.randn(3, 4, 8, 8, requires_grad=True)
+    vae = EditModel.from_pretrained(checkpoint).vae
+    z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     calls, gradients = [], []
     vae.decoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     for vae.checkpointing in (False, True):
         gradients += torch.autograd.grad(vae.decode(z).square().sum(), z)
     assert calls == [3] + [1] * 6
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=0)          # of gradients up to 3
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
