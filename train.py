@@ -62,7 +62,7 @@ def parse(argv):
     add("--objective", "the paper's, or the supervised one", "cycle", choices=("cycle", "ip2p"))
     add("--model", "directory or hub id of the start")
     add("--clip", "directory or hub id of the CLIP that judges")
-    add("--weights", "of the losses, as attn=0", nargs="+", type=named_float)
+    add("--weights", "of the losses, as attn=0; also denoise=1", nargs="+", type=named_float)
     add("--warmup", "first steps, denoising alone: text-to-image", 0, type=number(int, 0, 10 ** 9))
     add("--train", "the whole UNet or a part", "all", choices=("all", "cross-attention"))
     add("--steps", "of the optimizer", type=positive_int)
@@ -82,14 +82,14 @@ def parse(argv):
     for name in ("clip", "weights", "warmup") if supervised else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name} has no effect with --objective ip2p")
-    given = dict(args.weights or [])
-    for name in given.keys() - WEIGHTS.keys():
-        p.error(f"--weights {name}: the losses are {', '.join(WEIGHTS)}")
+    given, known = dict(args.weights or []), WEIGHTS | {"denoise": 1.0}
+    for name in given.keys() - known.keys():
+        p.error(f"--weights {name}: the losses are {', '.join(known)}")
     column = 1 if not toy else 3 if supervised else 2
     for name, row in SETTINGS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, row[column])
-    args.weights = None if supervised else WEIGHTS | given
+    args.weights = None if supervised else known | given
     args.clip = None if supervised else args.clip
     args.precision = args.precision or default_precision(args.device)
     return p, args
@@ -110,7 +110,7 @@ def compute_losses(model, clip, batch, args, generator, warming_up=False):
         # Here the input is denoised, a third each from only the image, nothing, only the caption.
         losses["denoise"] = denoising_loss(model, images, images, batch.captions, 0.15 * r,
                                            generator, args.snr_weight)
-        losses["loss"] = losses["denoise"] + losses.get("cec", 0)
+        losses["loss"] = args.weights["denoise"] * losses["denoise"] + losses.get("cec", 0)
         return losses
 
 def round_trip_losses(model, clip, batch, args, generator):

@@ -72,8 +72,8 @@ def test_the_comparisons_are_the_papers():
     """The weights of its ablation, which rows it compares, and in which direction its tables go."""
     arguments = {run: train.parse(given)[1] for run, (_, given) in claims.RUNS.items()}
     weights = {run: list(arguments[run].weights.values()) for run in ("base", "sim", "attn")}
-    assert weights == {"base": [1, 0, 0, 1], "sim": [1, 0, 1, 1], "attn": [1, .5, 1, 1]}   # CLIP, attn, sim, recon
-    assert list(arguments["attn"].weights) == ["clip", "attn", "sim", "recon"]
+    assert weights == {"base": [1, 0, 0, 1, 1], "sim": [1, 0, 1, 1, 1], "attn": [1, .5, 1, 1, 1]}
+    assert list(arguments["attn"].weights) == ["clip", "attn", "sim", "recon", "denoise"]
     started = {run for run, (_, given) in claims.RUNS.items() if any("{start}" in a for a in given)}
     assert started == set(claims.RUNS) - set(claims.FIRST)
     # the cycles from the baseline are as long as what they are compared with, of as many images at the same rate

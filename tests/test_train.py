@@ -342,7 +342,7 @@ def test_checkpointing_is_for_real_data_and_trains_the_same(clip):
     gradients = []
     for flags, on in ((["--data", "photos", *TOY_MODEL], True), ([], False)):
         args, model = options(*flags), EditModel.from_pretrained(SMALL)
-        args.t_min, args.weights, args.snr_weight = 400, losses.WEIGHTS, 5
+        args.t_min, args.weights, args.snr_weight = 400, losses.WEIGHTS | {"denoise": 1}, 5
         train.prepare(model, clip, args)
         assert model.unet.checkpointing == model.vae.checkpointing == on
         out = train.compute_losses(model, clip, toy_batch(3), args, torch.Generator().manual_seed(0))
@@ -522,11 +522,12 @@ def test_every_option_shows_the_default_that_holds(capsys):
 
 
 def test_weights_name_losses_and_keep_the_others():
-    """The paper's."""
-    assert options().weights == losses.WEIGHTS == {"clip": 1, "attn": 0.5, "sim": 1, "recon": 1}
-    assert options("--weights", "attn=0").weights == {"clip": 1, "attn": 0, "sim": 1, "recon": 1}
-    several = options("--weights", "sim=0.25", "clip=3").weights
-    assert several == {"clip": 3, "attn": 0.5, "sim": 0.25, "recon": 1}
+    """The paper's, and that of the part that denoises."""
+    assert losses.WEIGHTS == {"clip": 1, "attn": 0.5, "sim": 1, "recon": 1}
+    assert options().weights == losses.WEIGHTS | {"denoise": 1}
+    assert options("--weights", "attn=0").weights == options().weights | {"attn": 0}
+    several = options("--weights", "sim=0.25", "clip=3", "denoise=10").weights
+    assert several == {"clip": 3, "attn": 0.5, "sim": 0.25, "recon": 1, "denoise": 10}
     assert losses.WEIGHTS["attn"] == 0.5                                      # and the table stays
 
 
@@ -596,7 +597,7 @@ BAD_VALUES = {
 
 @pytest.mark.parametrize("argv, says", [
     *[([flag, value], flag) for flag, values in BAD_VALUES.items() for value in values],
-    (["--weights", "clip=1", "delta=1"], "--weights delta: the losses are clip, attn, sim, recon"),
+    (["--weights", "clip=1", "delta=1"], "--weights delta: the losses are clip, attn, sim, recon, denoise"),
     (["--no-such-option"], "--no-such"), (["--model", "no-such-directory"], "no-such-directory"),
     (["--model", "./no/such"], "./no/such is neither"), (["--model", str(TOY / "no-such-unet")], "no-such-unet"),
     (["--model", str(TOY / "clip")], "clip"), (["--clip", "/no/such/clip"], "/no/such/clip"),
@@ -906,7 +907,7 @@ def test_what_the_cycle_and_its_losses_are_given(model, monkeypatch):
     assert (captions, edited_captions) == (batch.captions, batch.edited_captions)
     for words, texts in ((forward_words, batch.instructions), (reverse_words, batch.reverse_instructions)):
         assert torch.equal(words, content_words(model.tokenizer, model.tokenize(texts)))
-    assert not torch.equal(forward_words, reverse_words) and weights == losses.WEIGHTS | {"sim": 7}
+    assert not torch.equal(forward_words, reverse_words) and weights == args.weights and weights["sim"] == 7
 
 
 def test_conditioning_dropout(model):
@@ -976,13 +977,15 @@ def test_denoising_is_towards_the_targets_and_weighs_by_the_signal(model):
 @pytest.mark.parametrize("objective, warming_up", [("cycle", False), ("cycle", True), ("ip2p", False)])
 def test_what_each_objective_denoises(model, monkeypatch, objective, warming_up):
     args, calls = options("--objective", objective), []
+    if objective == "cycle":
+        args.weights["denoise"] = 3
     monkeypatch.setattr(train, "denoising_loss", lambda *given: calls.append(given) or torch.ones(()))
     monkeypatch.setattr(train, "round_trip_losses", lambda *_: {"cec": torch.ones(()) * 2})
     batch = next(batches(open_data(args)[0], 64, seed=0))
     out = train.compute_losses(model, None, batch, args, torch.Generator().manual_seed(0), warming_up)
     ((_, images, targets, texts, r, _, snr_weight),) = calls
     assert images is batch.images and len(r) == len(texts) == 64
-    assert out["loss"] == (1 if objective == "ip2p" or warming_up else 3) and snr_weight == 5
+    assert out["loss"] == (1 if objective == "ip2p" else 3 if warming_up else 3 + 2) and snr_weight == 5
     if objective == "ip2p":
         assert targets is batch.edited_images and texts == batch.instructions and r.max() > 0.9 and r.min() < 0.1
     else:                                                     # the input itself, a third each: image, nothing, caption
