@@ -28,6 +28,7 @@ from shards import open_data
 from uip2p import TIMESTEPS, EditModel, cycle
 
 SD15, VIT_L = "stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"
+ALL_WEIGHTS = WEIGHTS | {"denoise": 1.0}       # L_CEC's, and that of the part that denoises
 
 #             the paper  your data  the toy world      its baseline, --objective ip2p
 SETTINGS = {                                   # that depend on the data
@@ -37,7 +38,7 @@ SETTINGS = {                                   # that depend on the data
     "batch_size": (768,    8,      8,                 64),      # images in a step
     "lr":         (5e-5,   5e-5,   2e-4,              1e-3),    # InstructPix2Pix: 1e-4, no warm-up
     "resolution": (None,   256,    32,                32),      # InstructPix2Pix has 256
-    "weights":    (WEIGHTS, WEIGHTS, WEIGHTS,         None),    # of the losses
+    "weights":    (ALL_WEIGHTS, ALL_WEIGHTS, ALL_WEIGHTS, None),              # of the losses
     "t_min":      (0,      0,      400,               None),    # the smallest t of a forward edit
     "snr_weight": (None,   None,   5,                 5),       # see noise_error
 }
@@ -62,7 +63,7 @@ def parse(argv):
     add("--objective", "the paper's, or the supervised one", "cycle", choices=("cycle", "ip2p"))
     add("--model", "directory or hub id of the start")
     add("--clip", "directory or hub id of the CLIP that judges")
-    add("--weights", "of the losses, as attn=0; also denoise=1", nargs="+", type=named_float)
+    add("--weights", "of the losses, as attn=0", nargs="+", type=named_float)
     add("--warmup", "first steps, denoising alone: text-to-image", 0, type=number(int, 0, 10 ** 9))
     add("--train", "the whole UNet or a part", "all", choices=("all", "cross-attention"))
     add("--steps", "of the optimizer", type=positive_int)
@@ -82,14 +83,14 @@ def parse(argv):
     for name in ("clip", "weights", "warmup") if supervised else ():
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name} has no effect with --objective ip2p")
-    given, known = dict(args.weights or []), WEIGHTS | {"denoise": 1.0}
-    for name in given.keys() - known.keys():
-        p.error(f"--weights {name}: the losses are {', '.join(known)}")
+    given = dict(args.weights or [])
+    for name in given.keys() - ALL_WEIGHTS.keys():
+        p.error(f"--weights {name}: the losses are {', '.join(ALL_WEIGHTS)}")
     column = 1 if not toy else 3 if supervised else 2
     for name, row in SETTINGS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, row[column])
-    args.weights = None if supervised else known | given
+    args.weights = None if supervised else ALL_WEIGHTS | given
     args.clip = None if supervised else args.clip
     args.precision = args.precision or default_precision(args.device)
     return p, args

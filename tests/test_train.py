@@ -419,7 +419,7 @@ def test_a_loss_of_ones_own(tmp_path, plain, monkeypatch):
     names = vars(losses) | {"darkness_loss": darkness_loss}
     exec(source.replace("    losses = {\n", line), names)
     monkeypatch.setattr(train, "cycle_losses", names["cycle_losses"])
-    monkeypatch.setitem(losses.WEIGHTS, "mine", 1.0)
+    monkeypatch.setitem(train.ALL_WEIGHTS, "mine", 1.0)
     for flags, weight in (((), 1), (("--weights", "mine=2"), 2)):
         (row,) = log(run(tmp_path / str(weight), 1, *flags))
         assert row["mine"] > 0.1
