@@ -1,0 +1,45 @@
+"""experiments/start.py: what its two tables give the model, and how they count."""
+import torch
+
+import toy
+from experiments import start
+from uip2p import EditModel
+
+TOY = "models/toy"
+
+
+def test_each_error_is_given_what_its_name_says():
+    """... and all have the same noise and timesteps."""
+    model, edits, seen = EditModel.from_pretrained(TOY), [toy.edit("validation", i) for i in range(5)], []
+    model.unet.register_forward_hook(lambda module, args, output: seen.append(args))
+    with torch.no_grad():
+        errors = start.denoising_errors(model, edits)
+        image = model.vae.encode(toy.render([e.scene for e in edits]))
+        none, captions = model.encode_text([""] * 5), model.encode_text([e.scene.caption for e in edits])
+        texts = {"image": none, "nothing": none, "caption": captions,
+                 "image and instruction": model.encode_text([e.instruction for e in edits])}
+    assert len(errors) == len(seen) == len(start.GIVEN) and list(texts) == list(start.GIVEN)
+    for (x, t, context), (given, text) in zip(seen, texts.items()):
+        assert torch.equal(x[:, 4:], image if "image" in given else torch.zeros_like(image)), given
+        assert torch.equal(context, text) and torch.equal(t, seen[0][1]), given
+        assert torch.equal(x[:, :4], seen[0][0][:, :4]) == (given != "image and instruction"), given
+
+
+def test_drawings_of_the_true_edit_and_of_the_input(monkeypatch, capsys):
+    """A drawing of the true edit shows all that the edit makes and nothing that it takes away; one of the input, the
+    reverse.  An edit that only removes makes nothing, and one that only adds takes nothing away."""
+    edits = [toy.edit("validation", i) for i in range(20)]
+    for side, made, gone in (("edited", "1.00", "0.00"), ("scene", "0.00", "1.00")):
+        monkeypatch.setattr(start, "draw", lambda model, texts: toy.render([getattr(e, side) for e in edits]))
+        start.main(["--models", TOY, "--scenes", "20"])
+        rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in capsys.readouterr().out.splitlines()[-2:]]
+        assert rows == [["what the edit makes", made, made, made, "", made],
+                        ["what it takes away", gone, gone, gone, gone, ""]]
+
+
+def test_what_is_drawn_follows_the_text_alone():
+    """The shipped text-to-image model draws most of what a caption says, with no image."""
+    model, scenes = EditModel.from_pretrained(f"{TOY}/text2image"), [toy.edit("validation", i).scene for i in range(6)]
+    with torch.no_grad():
+        drawn = start.read_scenes(start.draw(model, [scene.caption for scene in scenes]))
+    assert sum(start.names(a) == start.names(b) for a, b in zip(scenes, drawn)) >= 5
