@@ -53,8 +53,8 @@ def cells(edits, drawn, wanted):
     """The share of drawn scenes that show one of the names which `wanted` says of their edit, for each kind of edit;
     empty where it says none."""
     shares = []
-    for k in range(len(toy.KINDS)):
-        asked = [(wanted(edit), names(scene)) for edit, scene in zip(edits[k::len(toy.KINDS)], drawn[k::len(toy.KINDS)])]
+    for kind in toy.KINDS:
+        asked = [(wanted(edit), names(scene)) for edit, scene in zip(edits, drawn) if edit.kind == kind]
         found = [bool(those & shown) for those, shown in asked if those]
         shares.append(f"{sum(found) / len(found):.2f}" if found else "")
     return " | ".join(shares)
@@ -68,7 +68,8 @@ def study(args):
     print(f"the error of z_0, {len(edits)} validation scenes\n\n| model | " + " | ".join(GIVEN) + " |")
     print("|---" * (1 + len(GIVEN)) + "|")
     for path, model in models.items():
-        print(f"| {path} | " + " | ".join(f"{error:.4f}" for error in denoising_errors(model, edits)) + " |", flush=True)
+        row = " | ".join(f"{error:.4f}" for error in denoising_errors(model, edits))
+        print(f"| {path} | {row} |", flush=True)
 
     print("\n| drawn for an instruction alone | shows | " + " | ".join(toy.KINDS) + " |")
     print("|---" * (2 + len(toy.KINDS)) + "|")
