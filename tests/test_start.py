@@ -40,6 +40,9 @@ def test_drawings_of_the_true_edit_and_of_the_input(monkeypatch, capsys):
 def test_what_is_drawn_follows_the_text_alone():
     """The shipped text-to-image model draws most of what a caption says, with no image."""
     model, scenes = EditModel.from_pretrained(f"{TOY}/text2image"), [toy.edit("validation", i).scene for i in range(6)]
+    model.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, 4:].any()))
+    seen = []
     with torch.no_grad():
         drawn = start.read_scenes(start.draw(model, [scene.caption for scene in scenes]))
     assert sum(start.names(a) == start.names(b) for a, b in zip(scenes, drawn)) >= 5
+    assert seen and not any(seen)
