@@ -72,7 +72,7 @@ def parse(argv):
     add("--resolution", "images are cropped to this square", type=number(int, 16, 2048))
     add("--lr", "learning rate of AdamW", type=non_negative_float)
     add("--device", "cpu, cuda, mps", default_device(), type=device)
-    add("--precision", "if not given: CPU fp32, GPU bf16 or, without it, fp16", choices=DTYPES)
+    add("--precision", "if not given: CPU and toy fp32, GPU bf16 or, without it, fp16", choices=DTYPES)
     add("--seed", "of everything", 0, type=seed_int)
     add("--save-every", "steps between checkpoints and pictures", 500, type=positive_int)
     args = p.parse_args(argv)
@@ -92,7 +92,7 @@ def parse(argv):
             setattr(args, name, row[column])
     args.weights = None if supervised else ALL_WEIGHTS | given
     args.clip = None if supervised else args.clip
-    args.precision = args.precision or default_precision(args.device)
+    args.precision = args.precision or ("fp32" if toy else default_precision(args.device))
     return p, args
 
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import toy
 import train
-from cli import Parser, about, claimed, default_device, device, errors, number, replace_file, seed_int, sweep
+from cli import (Parser, about, claimed, default_device, device, errors, number, positive_int, replace_file, seed_int,
+                 sweep)
 from data import read_json
 from edit import load_editor
 from experiments.attention import measure_rule
@@ -44,7 +45,7 @@ SHOWN = 6                                      # edits in the picture
 # {run: (its title, the arguments of train.py)}.  All else is as the toy's usual training has it.
 ON = ["--model", "{start}/baseline/model", "--steps", "300"]
 RUNS = {
-    "baseline": ("baseline: supervised, on entangled pairs", ["--objective", "ip2p"]),
+    "baseline": ("baseline: supervised, on entangled pairs", ["--objective", "ip2p", "--steps", "3000"]),
     "scratch": ("scratch: the cycle from text-to-image, 2,750 steps, after 1,000 of denoising",
                 ["--model", f"{train.TOY}/text2image", "--warmup", "1000", "--steps", "3750"]),
     "base": ("base: from the baseline, L_CLIP + L_recon",
@@ -54,7 +55,7 @@ RUNS = {
     # What the cycle's steps would do without the cycle: as many images by the same learning rate.
     "denoise": ("denoise: from the baseline, the part that denoises the input", [*ON, "--warmup", "300"]),
     "pairs": ("pairs: from the baseline, more pairs",
-              [*ON, "--objective", "ip2p", "--batch-size", "8", "--lr", "2e-4"]),
+              [*ON, "--objective", "ip2p", "--lr", "2e-4"]),
 }
 FIRST = [run for run, (_, given) in RUNS.items() if "{start}/baseline/model" not in given]    # others: from a baseline
 FEWER = {"baseline": 2, "scratch": 1, "denoise": 2, "pairs": 2}       # of how many of the seeds
@@ -266,12 +267,14 @@ def picture(folder, runs):
 
 # ---- the trainings ---------------------------------------------------------------------------------------------------
 
-def arguments(name, seed, start, times):
-    """The arguments of train.py for a run, from the baseline in the folder `start`, of `times` RUNS' steps."""
+def arguments(name, seed, start, times, batch_size):
+    """The arguments of train.py for a run, from the baseline in the folder `start`.  times: of RUNS' steps, and
+    batch_size: images in a step, of all but the baseline."""
     given = [argument.replace("{start}", str(start)) for argument in RUNS[name][1]]
-    if "--steps" in given:
+    if name != "baseline":
         at = given.index("--steps") + 1
         given[at] = str(int(given[at]) * times)
+        given += ["--batch-size", str(batch_size)]
     return [*given, "--seed", str(seed), "--save-every", "150"]
 
 
@@ -307,7 +310,7 @@ def train_all(folders, args):
 
         def begin(runs):
             for name, seed in runs:
-                given = arguments(name, seed, folders[starts[seed]], args.times)
+                given = arguments(name, seed, folders[starts[seed]], args.times, args.batch_size)
                 job = pool.submit(fulfil, name, folders[seed], given, args.output / JUDGE, args.device)
                 jobs[job] = name, seed
 
@@ -354,6 +357,7 @@ def main(argv=None):
     p.add_argument("--runs", choices=RUNS, nargs="+", default=list(RUNS), metavar="RUN",
                    help=f"of {', '.join(RUNS)}, and the baseline (all)")
     p.add_argument("--times", type=number(int, 1, 100), default=1, help="the steps of the cycles (%(default)s)")
+    p.add_argument("--batch-size", type=positive_int, default=8, help="images in a step of the cycles (%(default)s)")
     p.add_argument("--jobs", type=number(int, 1, 64), default=2, help="trainings side by side (%(default)s)")
     p.add_argument("--output", type=Path, default=Path("runs/claims"), help="(%(default)s)")
     p.add_argument("--device", type=device, default=default_device(), help="(%(default)s)")

@@ -175,6 +175,7 @@ def judge_attention(model, edits, images, outputs):
     and with each other, the agreement: a dict of tensors (B,)."""
     mask = edit_mask(images, nearest_truth(edits, outputs))[:, 0]                         # (B, S, S)
     forward, back = [e.instruction for e in edits], [e.reverse_instruction for e in edits]
+    images, outputs = images.to(model.device), outputs.to(model.device)
     A_f = edit_region(model, images, outputs, forward).cpu() > 0.5                        # (B, S, S)
     A_r = edit_region(model, outputs, images, back).cpu() > 0.5                           # (B, S, S)
     return {"A_f IoU": iou(A_f, mask), "A_r IoU": iou(A_r, mask), "agreement": iou(A_f, A_r)}

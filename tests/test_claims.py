@@ -140,24 +140,24 @@ def test_a_run_is_made_once_and_only_with_its_arguments(tmp_path, monkeypatch):
         "baseline": ("", ["--objective", "ip2p", "--model", start, *tiny]),
         "attn": ("", ["--model", "{start}/baseline/model", "--weights", "clip=1", "attn=0.5", *tiny])})
     for name in claims.RUNS:
-        claims.fulfil(name, tmp_path, claims.arguments(name, 3, tmp_path, 1), CLIP, "cpu")
+        claims.fulfil(name, tmp_path, claims.arguments(name, 3, tmp_path, 1, 2), CLIP, "cpu")
     given, scores = json.loads((tmp_path / "attn/scores.json").read_text()).values()
-    assert scores == {"right": 8} and given == claims.arguments("attn", 3, tmp_path, 1)
+    assert scores == {"right": 8} and given == claims.arguments("attn", 3, tmp_path, 1, 2)
     log = (tmp_path / "attn/log.txt").read_text()
     assert "objective cycle" in log and f"model {tmp_path}/baseline/model" in log
     assert (tmp_path / "attn/model/unet/diffusion_pytorch_model.safetensors").is_file()
     claims.fulfil("attn", tmp_path, given, CLIP, "cpu")
     assert (tmp_path / "attn/log.txt").read_text() == log     # nothing was done again
     with pytest.raises(ValueError, match="other arguments"):
-        claims.fulfil("attn", tmp_path, claims.arguments("attn", 4, tmp_path, 1), CLIP, "cpu")
+        claims.fulfil("attn", tmp_path, claims.arguments("attn", 4, tmp_path, 1, 2), CLIP, "cpu")
 
 
 def test_the_arguments_of_a_run():
-    given = claims.arguments("attn", 4, "runs/seed-0", 3)
+    given = claims.arguments("attn", 4, "runs/seed-0", 3, 64)
     args = train.parse(given)[1]
-    assert (args.model, args.seed, args.steps) == ("runs/seed-0/baseline/model", 4, 3 * 300)
-    supervised = train.parse(claims.arguments("baseline", 1, "", 3))[1]
-    assert supervised.steps == train.parse(["--objective", "ip2p"])[1].steps              # not a cycle
+    assert (args.model, args.seed, args.steps, args.batch_size) == ("runs/seed-0/baseline/model", 4, 3 * 300, 64)
+    once, thrice = [train.parse(claims.arguments("baseline", 1, "", times, 8))[1] for times in (1, 3)]
+    assert once == thrice and once.batch_size == 64                               # it is no cycle
 
 
 def test_a_training_that_stops_names_its_log(tmp_path, monkeypatch):

@@ -557,7 +557,7 @@ def test_default_precision(monkeypatch, where, emulated, native, precision):
     if where == "cpu":
         assert options().precision == "fp32" and options("--precision", "bf16").precision == "bf16"
         monkeypatch.setattr(train, "default_precision", lambda where: f"that of {where}")
-        assert options().precision == "that of cpu"
+        assert options("--data", "photos").precision == "that of cpu" and options().precision == "fp32"
 
 
 def test_the_toy_model_may_be_named(monkeypatch):

@@ -1,5 +1,6 @@
 """What the toy world's truth says of edits (experiments/truth.py), and the table of it (experiments/evaluate.py)."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,16 +154,17 @@ def test_attention_is_judged_by_the_true_mask(monkeypatch):
     mask = edit_mask(images, truth)[:, 0].float()
     half = mask * (mask.flatten(1).cumsum(1) <= mask.sum((1, 2))[:, None] / 2).view_as(mask)
     given = {edits[0].instruction: mask, edits[0].reverse_instruction: 1 - mask}
+    model = SimpleNamespace(device="cpu")
 
     def maps(model, images, outputs, instructions):
         assert len(instructions) == 2
         return given[instructions[0]]
     monkeypatch.setattr("experiments.truth.edit_region", maps)
-    scores = judge_attention(None, edits, images, truth)
+    scores = judge_attention(model, edits, images, truth)
     assert {name: score.tolist() for name, score in scores.items()} == {
         "A_f IoU": [1, 1], "A_r IoU": [0, 0], "agreement": [0, 0]}
     given = dict.fromkeys(given, half)
-    scores = judge_attention(None, edits, images, truth)
+    scores = judge_attention(model, edits, images, truth)
     assert scores["A_r IoU"].tolist() == pytest.approx([.5, .5], abs=.02)
     assert scores["agreement"].tolist() == [1, 1]
 
