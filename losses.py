@@ -87,15 +87,15 @@ def standardise(A):
 def content_words(tokenizer, ids):
     """Token ids (B, L) -> (B, L) of 0 and 1: 1 for a word that names something, and for the first
     end token, which sums up the text; 0 for start, padding, verbs, stop words and punctuation."""
-    mask = torch.zeros(ids.shape)
+    mask, special = torch.zeros(ids.shape), set(tokenizer.all_special_ids)
     for b, row in enumerate(ids.tolist()):
         mask[b, row.index(tokenizer.eos_token_id)] = 1
         begins = True                                 # whether the next piece begins a word
         for i, token in enumerate(tokenizer.convert_ids_to_tokens(row)):
-            if row[i] in tokenizer.all_special_ids:
+            if row[i] in special:
                 continue
             word = token.removesuffix("</w>")         # "</w>" marks the end of a word
-            names_nothing = begins and token != word and word in STOP_WORDS | VERBS
+            names_nothing = begins and token != word and (word in STOP_WORDS or word in VERBS)
             if any(map(str.isalnum, word)) and not names_nothing:
                 mask[b, i] = 1
             begins = token != word

@@ -157,11 +157,15 @@ class Table:
             self.add(row)
         return [row.get("s") for row in rows]
 
-    def seconds(self, run):
-        start = time.perf_counter()
-        run()
+    def wait(self):
         if self.cuda:
             torch.cuda.synchronize(self.where)
+
+    def seconds(self, run):
+        self.wait()                            # for what prepared it
+        start = time.perf_counter()
+        run()
+        self.wait()
         return time.perf_counter() - start
 
     def measure(self, row, run):

@@ -46,7 +46,7 @@ SHOWN = 6                                      # edits in the picture
 ON = ["--model", "{start}/baseline/model", "--steps", "300"]
 RUNS = {
     "baseline": ("baseline: supervised, on entangled pairs", ["--objective", "ip2p", "--steps", "3000"]),
-    "scratch": ("scratch: the cycle from text-to-image, 2,750 steps, after 1,000 of denoising",
+    "scratch": ("scratch: the cycle from text-to-image, after steps of denoising",
                 ["--model", f"{train.TOY}/text2image", "--warmup", "1000", "--steps", "3750"]),
     "base": ("base: from the baseline, L_CLIP + L_recon",
              [*ON, "--weights", "clip=1", "attn=0", "sim=0", "recon=1"]),
@@ -272,8 +272,9 @@ def arguments(name, seed, start, times, batch_size):
     batch_size: images in a step, of all but the baseline."""
     given = [argument.replace("{start}", str(start)) for argument in RUNS[name][1]]
     if name != "baseline":
-        at = given.index("--steps") + 1
-        given[at] = str(int(given[at]) * times)
+        for flag in {"--steps", "--warmup"}.intersection(given):
+            at = given.index(flag) + 1
+            given[at] = str(int(given[at]) * times)
         given += ["--batch-size", str(batch_size)]
     return [*given, "--seed", str(seed), "--save-every", "150"]
 

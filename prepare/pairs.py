@@ -125,7 +125,7 @@ def prompt_to_prompt(model, captions, edited_captions, shares, noise, steps, tex
     Both start from `noise` (B, 4, h, w); text_guidance: (B,).  For the first `shares` (B,) of the steps the second one
     has the first one's self-attention, and its cross-attention to the words that both captions have, where the text is
     given.  Prompt-to-Prompt's code shares self-attention up to 16x16 pixels; these are the coarser half of the four
-    resolutions of Stable Diffusion's UNet at 512x512, and so the coarser half of them here, 4x4 in the toy world.
+    resolutions of Stable Diffusion's UNet at 512x512, and so the coarser half of them here, 8x8 in the toy world.
     InstructPix2Pix's code leaves cross-attention out, and shares all self-attention, also where no text is given.
     Returns two tensors (B, 3, H, W) in [-1, 1]."""
     # ---- the texts

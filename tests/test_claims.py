@@ -156,6 +156,8 @@ def test_the_arguments_of_a_run():
     given = claims.arguments("attn", 4, "runs/seed-0", 3, 64)
     args = train.parse(given)[1]
     assert (args.model, args.seed, args.steps, args.batch_size) == ("runs/seed-0/baseline/model", 4, 3 * 300, 64)
+    control = train.parse(claims.arguments("denoise", 4, "runs/seed-0", 3, 8))[1]
+    assert control.warmup == control.steps == 3 * 300                             # never a step of the cycle
     once, thrice = [train.parse(claims.arguments("baseline", 1, "", times, 8))[1] for times in (1, 3)]
     assert once == thrice and once.batch_size == 64                               # it is no cycle
 
