@@ -43,9 +43,9 @@ VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
 SCALES = 7.5, 1.5                              # guidance of the edits
 STEPS = 1, 5, 15, 50                           # of the edits
 EDITED = 1, 8                                  # images at once
-BATCHES = 1, 4, 8, 16, 64, 256                    # of training, to the largest that fits
+BATCHES = 1, 4, 8, 16, 64, 256                 # of training, to the largest that fits
 BATCH = 16                                     # whose parts are measured
-REPEATS, FAST, SLOW = 5, 0.2, 10                 # below FAST s 3 times as many; above SLOW s 1, not warmed up
+REPEATS, FAST, SLOW = 5, 0.2, 10               # below FAST s 3 times as many; above SLOW s 1, not warmed up
 COMPILING = 60                                 # seconds, about, before a compiled edit is fast
 COLUMNS = "what", "batch", "s", "spread", "images/s", "GiB", "TFLOP", "TFLOP/s", "of peak", "of plain"
 PERCENT = "spread", "of peak", "of plain"
@@ -394,7 +394,7 @@ def measure(args):
     facts = header(args)
     print("\n".join(f"{name}: {fact}" for name, fact in facts.items()))
     table = Table(args.device, args.budget)
-    table.machine(DTYPES["fp32" if toy else "bf16"])             # train.py's precision
+    table.machine(DTYPES["fp32" if toy else "bf16"])                          # train.py's precision
     trainings = [("cross-attention", (1, 8, BATCH), None), ("all", BATCHES, BATCH)]
     if not cuda and not toy:
         print("not measured: training all, and larger batches, for which a laptop is too small")
