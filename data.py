@@ -138,20 +138,22 @@ class Source(torch.utils.data.Dataset):
         raise NotImplementedError
 
     def shuffled(self, seed, epoch, share):
-        """The items that `share`, a slice, selects, in an order that depends on seed and epoch."""
+        """The indices (N,) of the items that `share`, a slice, selects, in an order that depends on
+        seed and epoch."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
         n = len(self.items)
-        order = torch.randperm(n, generator=generator).tolist()[share]
-        if not order:
+        order = torch.randperm(n, generator=generator).numpy()[share]
+        if not len(order):
             raise ValueError(f"{n} samples or shards are too few for {share.step} processes")
-        return [self.items[i] for i in order]
+        return order
 
     def order(self, seed, first, share=slice(None)):
         """Endless (epoch, item), from position `first` on.  share: a slice, which selects the
         items of one of several processes."""
         epoch, first = divmod(first, len(self.shuffled(seed, 0, share)))
         for epoch in itertools.count(epoch):
-            yield from ((epoch, item) for item in self.shuffled(seed, epoch, share)[first:])
+            for i in self.shuffled(seed, epoch, share)[first:]:
+                yield epoch, self.items[i]
             first = 0
 
     def load(self, epoch, item):

@@ -179,8 +179,8 @@ class Shards(Source):
         for epoch in itertools.count():
             rng = random.Random(f"{seed} {epoch}")
             total = 0
-            for shard in self.shuffled(seed, epoch, share):
-                samples = self.samples(shard)
+            for i in self.shuffled(seed, epoch, share):
+                samples = self.samples(self.items[i])
                 rng.shuffle(samples)
                 yield from ((epoch, item) for item in samples[first:])
                 first = max(first - len(samples), 0)

@@ -27,7 +27,7 @@ def small_model():
     config = json.loads((toy / "unet/config.json").read_text())
     torch.manual_seed(0)
     save_network(UNet(config | {"block_out_channels": [8, 16], "attention_head_dim": 2}), folder / "unet")
-    write_json(json.loads((toy / "edit_defaults.json").read_text()) | {"steps": 2}, folder / "edit_defaults.json")
+    write_json(json.loads((toy / "edit_defaults.json").read_text()) | {"steps": 1}, folder / "edit_defaults.json")
     return folder
 
 

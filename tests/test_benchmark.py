@@ -37,7 +37,17 @@ def test_what_does_not_fit_is_not_measured(capsys):
     assert capsys.readouterr().out.count("not measured: no time") == 2
 
 
-def test_the_table_of_the_toy(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """The toy's UNet with its first level only."""
+    level = {"block_out_channels": [16], "attention_head_dim": 2, "down_block_types": ["CrossAttnDownBlock2D"],
+             "up_block_types": ["CrossAttnUpBlock2D"]}
+    read = benchmark.read_json
+    monkeypatch.setattr(benchmark, "read_json",
+                        lambda path: read(path) | (level if path.parent.name == "unet" else {}))
+
+
+def test_the_table_of_the_toy(tmp_path, capsys, monkeypatch, small):
     monkeypatch.setattr(benchmark, "SLOW", 0)  # one run each
     monkeypatch.setattr(benchmark, "BATCHES", (2,))
     monkeypatch.setattr(benchmark, "BATCH", 2)
@@ -65,7 +75,7 @@ def test_flops_are_those_of_multiplications_and_additions_in_fused_attention_too
     assert flops == 2 * 2 * 2 * 3 * 16 * 16 * 8
 
 
-def test_with_checkpointing_a_training_step_computes_more(monkeypatch):
+def test_with_checkpointing_a_training_step_computes_more(monkeypatch, small):
     costs, prepare = [], benchmark.train.prepare
     monkeypatch.setattr(benchmark.Table, "line", lambda self, what, batch, run, flops=0, *more: costs.append(flops))
     for checkpointing in (False, True):

@@ -91,7 +91,7 @@ def test_claims_name_runs_and_scores_that_are_measured(monkeypatch):
     monkeypatch.setattr(claims, "SCENES", 5)
     monkeypatch.setattr(claims, "FEW", 2)
     monkeypatch.setattr(claims, "STEPS", 1)
-    scores = claims.measure(EditModel.from_pretrained("models/toy"), ClipScorer.from_pretrained(CLIP))
+    scores = claims.measure(EditModel.from_pretrained(small_model()), ClipScorer.from_pretrained(CLIP))
     assert {*claims.EDITS, *claims.MORE, *claims.MAPS, *(c.score for c in claims.CLAIMS)} == set(scores)
     assert {c.run for c in claims.CLAIMS} | {c.other for c in claims.CLAIMS} <= {*claims.RUNS}
     assert all(0 <= scores[name] <= 1 for name in claims.EDITS if name != "direction")

@@ -178,7 +178,7 @@ def test_sharing_attention_changes_only_the_edited_image_and_brings_it_nearer(to
 
 
 def make(path, *options):
-    pairs.main(["--output", str(path), "--edits", "3", "--samples", "6", "--steps", "4", *options])
+    pairs.main(["--output", str(path), "--edits", "3", "--samples", "6", "--steps", "2", *options])
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 

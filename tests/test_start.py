@@ -2,6 +2,7 @@
 import torch
 
 import toy
+from conftest import small_model
 from experiments import start
 from uip2p import EditModel
 
@@ -28,10 +29,10 @@ def test_each_error_is_given_what_its_name_says():
 def test_drawings_of_the_true_edit_and_of_the_input(monkeypatch, capsys):
     """A drawing of the true edit shows all that the edit makes and nothing that it takes away; one of the input, the
     reverse.  An edit that only removes makes nothing, and one that only adds takes nothing away."""
-    edits = [toy.edit("validation", i) for i in range(20)]
+    edits = [toy.edit("validation", i) for i in range(10)]
     for side, made, gone in (("edited", "1.00", "0.00"), ("scene", "0.00", "1.00")):
         monkeypatch.setattr(start, "draw", lambda model, texts: toy.render([getattr(e, side) for e in edits]))
-        start.main(["--models", TOY, "--scenes", "20"])
+        start.main(["--models", str(small_model()), "--scenes", "10"])
         rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in capsys.readouterr().out.splitlines()[-2:]]
         assert rows == [["what the edit makes", made, made, made, "", made],
                         ["what it takes away", gone, gone, gone, gone, ""]]

@@ -356,8 +356,8 @@ def test_checkpointing_is_for_real_data_and_trains_the_same(clip):
 def test_half_precision_trains_and_resumes(tmp_path, plain):
     """fp16, with the scaler of the loss, whose state a run that goes on gets back."""
     flags = ["--precision", "fp16", "--batch-size", 1]
-    run(tmp_path / "whole", 3, *flags)
-    for steps in (1, 3):                                      # the first step may be left out, see below
+    run(tmp_path / "whole", 2, *flags)
+    for steps in (1, 2):                                      # the first step may be left out, see below
         run(tmp_path / "stopped", steps, *flags)
     parts, start = state(tmp_path / "whole")["parts"], EditModel.from_pretrained(SMALL).unet.state_dict()
     assert same(state(tmp_path / "whole"), state(tmp_path / "stopped"))
@@ -402,9 +402,9 @@ def test_a_gradient_that_is_not_finite(tmp_path, capsys, gradients, monkeypatch,
 
 
 def test_half_precision_stops_when_its_scale_is_of_no_use(tmp_path, capsys, gradients, monkeypatch):
-    compute = train.compute_losses
-    monkeypatch.setattr(train, "compute_losses", lambda *args: {"loss": compute(*args)["loss"] * float("nan")})
-    message = refuse(capsys, "--precision", "fp16", "--batch-size", 1, "--steps", 30, "--output", tmp_path / "run")
+    monkeypatch.setattr(train, "compute_losses",
+                        lambda model, *_: {"loss": sum(w.sum() for w in model.unet.parameters()) * float("nan")})
+    message = refuse(capsys, *FAST, "--precision", "fp16", "--steps", 30, "--output", tmp_path / "run")
     assert "finite" in message and len(gradients[2]) == 17    # 2 ** 16 has fallen to 1
 
 

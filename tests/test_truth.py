@@ -34,7 +34,7 @@ def test_scenes_are_read_back_from_their_pictures():
 @pytest.fixture(scope="module")
 def two_objects():
     """Changes of colour, which are every fifth edit, in scenes of two objects."""
-    return [e for e in (toy.edit("test", i, seed=3) for i in range(0, 100, 5)) if len(e.edited.objects) == 2][:6]
+    return [e for e in (toy.edit("test", i, seed=3) for i in range(0, 100, 5)) if len(e.edited.objects) == 2][:4]
 
 
 def strict(edits, scenes):
@@ -61,9 +61,9 @@ def test_one_thing_that_is_wrong_makes_a_scene_wrong(two_objects):
             colour = next(colour for colour in toy.COLOURS if colour != o.colour)
             gone = replace(e.edited, objects=tuple(x for x in e.edited.objects if x is not o))
             elsewhere = o.x + (5 if o.x < 16 else -5)
-            for scene in (damaged(e.edited, k, shape=shape), damaged(e.edited, k, colour=colour), gone,
-                          damaged(e.edited, k, x=elsewhere)):
-                assert strict([e], [scene]) == {"exact": [0], "objects": [.5]}
+            wrong = [damaged(e.edited, k, shape=shape), damaged(e.edited, k, colour=colour), gone,
+                     damaged(e.edited, k, x=elsewhere)]
+            assert strict([e] * 4, wrong) == {"exact": [0] * 4, "objects": [.5] * 4}
         other = next(name for name in toy.BACKGROUNDS if name != e.edited.background)
         assert strict([e], [replace(e.edited, background=other)]) == {"exact": [0], "objects": [1]}
         tinted = tuple(0.6 * a + 0.4 * b for a, b in zip(toy.RGB[e.edited.background], toy.RGB[e.subject]))
