@@ -49,26 +49,23 @@ def read_scenes(images):
     objects, cover, square = all_objects()
     places = torch.tensor([(o.x, o.y, o.radius) for o in objects])            # (M, 3)
     rgb = torch.tensor([toy.RGB[colour] for colour in toy.COLOURS]) / 127.5 - 1
+    images, pictures = images.flatten(2), pictures.flatten(2)                 # (B, 3, P) and (N, 3, P), of P pixels
 
-    scenes = []
-    for image in images.flatten(2):                                           # (3, P), in P pixels
-        error = (pictures.flatten(2) - image).abs().mean(1)                   # (N, P)
-        row = error.kthvalue(error.shape[1] // 3, dim=1).values.argmin()
-        scene, drawn, free = empty[row], pictures[row].flatten(1), torch.ones(len(objects))
-        for _ in range(4):
-            # The error |image - drawn|^2 falls by 2 cover <image - drawn, d> - cover^2 |d|^2, where d = rgb - drawn.
-            d = rgb[:, :, None] - drawn                                       # (6, 3, P)
-            along = ((image - drawn) * d).sum(1)                              # (6, P)
-            gain = 2 * along @ cover - d.square().sum(1) @ square             # (6, M)
-            gain, best = (gain * free).flatten().max(0)
-            if gain < FAINTEST / 2:
-                break
-            colour, row = divmod(best.item(), len(objects))
+    errors = ((pictures - image).abs().mean(1) for image in images)           # (N, P) each
+    rows = [error.kthvalue(error.shape[1] // 3, dim=1).values.argmin().item() for error in errors]
+    scenes, drawn, free = [empty[row] for row in rows], pictures[rows], torch.ones(len(images), len(objects))
+    for _ in range(4):
+        # The error |image - drawn|^2 falls by 2 cover <image - drawn, d> - cover^2 |d|^2, where d = rgb - drawn.
+        d = rgb[:, :, None] - drawn[:, None]                                  # (B, 6, 3, P)
+        along = ((images - drawn)[:, None] * d).sum(2)                        # (B, 6, P)
+        gain = 2 * along @ cover - d.square().sum(2) @ square                 # (B, 6, M)
+        gain, best = (gain * free[:, None]).flatten(1).max(1)
+        for b in (gain >= FAINTEST / 2).nonzero().flatten().tolist():
+            colour, row = divmod(best[b].item(), len(objects))
             found = replace(objects[row], colour=list(toy.COLOURS)[colour])
-            scene = replace(scene, objects=scene.objects + (found,))
-            drawn = drawn + cover[:, row] * d[colour]
-            free *= (places[:, :2] - places[row, :2]).norm(dim=1) > places[:, 2] + found.radius - 2
-        scenes.append(scene)
+            scenes[b] = replace(scenes[b], objects=scenes[b].objects + (found,))
+            drawn[b] += cover[:, row] * d[b, colour]
+            free[b] *= (places[:, :2] - places[row, :2]).norm(dim=1) > places[:, 2] + found.radius - 2
     return scenes
 
 
