@@ -8,6 +8,8 @@ nothing as with the image alone ignores its image.
 
 The second has what is drawn for an instruction alone, without an image: the share of drawings that show what the edit
 makes, and what it takes away, by kind of edit.  A model of captions reads "make the red circle blue" as a red circle.
+
+The third has the forward edits of the cycle, each a single noise prediction: the share that is exact, by timestep.
 """
 import argparse
 
@@ -16,13 +18,14 @@ import torch
 import toy
 from cli import Parser, errors, number
 from edit import TOY
-from experiments.truth import read_scenes
+from experiments.truth import judge_scenes, read_scenes
 from train import SETTINGS, denoising_loss
-from uip2p import EditModel
+from uip2p import EditModel, cycle
 
 # {what is given: a number r that makes denoising_loss drop the rest}
 GIVEN = {"image": 0.01, "nothing": 0.07, "caption": 0.12, "image and instruction": 0.5}
 STEPS = 10                                     # of a drawing
+TIMES = 450, 600, 750, 900                     # t of the forward edits; training has 400 to 999, sampling begins at 901
 
 
 def denoising_errors(model, edits):
@@ -60,6 +63,15 @@ def cells(edits, drawn, wanted):
     return " | ".join(shares)
 
 
+def forward_edits(model, edits, t):
+    """I_edit of the cycle at timestep t, (B, 3, S, S); always the same noise."""
+    images, side = toy.render([e.scene for e in edits]), toy.SIZE // model.vae.factor
+    noise = torch.randn(2, len(edits), 4, side, side, generator=torch.Generator().manual_seed(0))
+    t = torch.full((len(edits),), t)
+    trip = cycle(model, images, [e.instruction for e in edits], [e.reverse_instruction for e in edits], t, t, noise)
+    return trip.edited.clamp(-1, 1)
+
+
 @torch.no_grad()
 def study(args):
     models = {path: EditModel.from_pretrained(path) for path in args.models}
@@ -78,6 +90,12 @@ def study(args):
         made = cells(edits, drawn, lambda edit: names(edit.edited) - names(edit.scene))
         gone = cells(edits, drawn, lambda edit: names(edit.scene) - names(edit.edited))
         print(f"| {path} | what the edit makes | {made} |\n| {path} | what it takes away | {gone} |", flush=True)
+
+    print("\n| exact in one noise prediction | " + " | ".join(f"t = {t}" for t in TIMES) + " |")
+    print("|---" * (1 + len(TIMES)) + "|")
+    for path, model in models.items():
+        shares = [judge_scenes(edits, forward_edits(model, edits, t))["exact"].mean() for t in TIMES]
+        print(f"| {path} | " + " | ".join(f"{share:.2f}" for share in shares) + " |", flush=True)
 
 
 def main(argv=None):

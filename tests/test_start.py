@@ -1,4 +1,4 @@
-"""experiments/start.py: what its two tables give the model, and how they count."""
+"""experiments/start.py: what its three tables give the model, and how they count."""
 import torch
 
 import toy
@@ -26,16 +26,22 @@ def test_each_error_is_given_what_its_name_says():
         assert torch.equal(x[:, :4], seen[0][0][:, :4]) == (given != "image and instruction"), given
 
 
-def test_drawings_of_the_true_edit_and_of_the_input(monkeypatch, capsys):
+def test_what_the_tables_count(monkeypatch, capsys):
     """A drawing of the true edit shows all that the edit makes and nothing that it takes away; one of the input, the
-    reverse.  An edit that only removes makes nothing, and one that only adds takes nothing away."""
+    reverse.  An edit that only removes makes nothing, and one that only adds takes nothing away.  Forward edits are
+    exact if they are the true edits, each t in its column."""
     edits = [toy.edit("validation", i) for i in range(10)]
     for side, made, gone in (("edited", "1.00", "0.00"), ("scene", "0.00", "1.00")):
-        monkeypatch.setattr(start, "draw", lambda model, texts: toy.render([getattr(e, side) for e in edits]))
+        pictures = toy.render([getattr(e, side) for e in edits])
+        inputs = toy.render([e.scene for e in edits])
+        monkeypatch.setattr(start, "draw", lambda model, texts: pictures)
+        monkeypatch.setattr(start, "forward_edits", lambda model, edits, t: pictures if t < 700 else inputs)
         start.main(["--models", str(small_model()), "--scenes", "10"])
-        rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in capsys.readouterr().out.splitlines()[-2:]]
-        assert rows == [["what the edit makes", made, made, made, "", made],
-                        ["what it takes away", gone, gone, gone, gone, ""]]
+        lines = capsys.readouterr().out.splitlines()
+        rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
+        assert rows[-6:-4] == [["what the edit makes", made, made, made, "", made],
+                               ["what it takes away", gone, gone, gone, gone, ""]]
+        assert rows[-1] == [made, made, "0.00", "0.00"]
 
 
 def test_what_is_drawn_follows_the_text_alone():
@@ -47,3 +53,14 @@ def test_what_is_drawn_follows_the_text_alone():
         drawn = start.read_scenes(start.draw(model, [scene.caption for scene in scenes]))
     assert sum(start.names(a) == start.names(b) for a, b in zip(scenes, drawn)) >= 5
     assert seen and not any(seen)
+
+
+def test_forward_edits_are_of_one_prediction():
+    """... of the input, at their timestep; the shipped editor makes most of them."""
+    model, edits, seen = EditModel.from_pretrained(TOY), [toy.edit("validation", i) for i in range(10)], []
+    model.unet.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    with torch.no_grad():
+        edited = start.forward_edits(model, edits, 600)
+        image = model.vae.encode(toy.render([e.scene for e in edits]))
+    assert start.judge_scenes(edits, edited)["exact"].mean() >= 0.7
+    assert torch.allclose(seen[0][0][:, 4:], image, atol=1e-5) and (seen[0][1] == 600).all()
