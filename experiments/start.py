@@ -20,7 +20,7 @@ from cli import Parser, errors, number
 from edit import TOY
 from experiments.truth import judge_scenes, read_scenes
 from train import SETTINGS, denoising_loss
-from uip2p import EditModel, cycle
+from uip2p import EditModel, one_step
 
 # {what is given: a number r that makes denoising_loss drop the rest}
 GIVEN = {"image": 0.01, "nothing": 0.07, "caption": 0.12, "image and instruction": 0.5}
@@ -65,11 +65,11 @@ def cells(edits, drawn, wanted):
 
 def forward_edits(model, edits, t):
     """I_edit of the cycle at timestep t, (B, 3, S, S); always the same noise."""
-    images, side = toy.render([e.scene for e in edits]), toy.SIZE // model.vae.factor
-    noise = torch.randn(2, len(edits), 4, side, side, generator=torch.Generator().manual_seed(0))
-    t = torch.full((len(edits),), t)
-    trip = cycle(model, images, [e.instruction for e in edits], [e.reverse_instruction for e in edits], t, t, noise)
-    return trip.edited.clamp(-1, 1)
+    z_input, t = model.encode(toy.render([e.scene for e in edits])), torch.full((len(edits),), t)     # (B, 4, h, w)
+    z_t = model.add_noise(z_input, torch.randn(z_input.shape, generator=torch.Generator().manual_seed(0)), t)
+    instructions = model.encode_text([e.instruction for e in edits])
+    z_edit = one_step(model, z_t, t, z_input / model.vae.scaling_factor, instructions, [])
+    return model.decode(z_edit).clamp(-1, 1)
 
 
 @torch.no_grad()
