@@ -176,9 +176,9 @@ def add_gradients(run, model, clip, loader, scaler, args):
         batch = next(loader).to(args.device)
         losses = compute_losses(model, clip, batch, args, generator, run.step < args.warmup)
         scaler.scale(losses["loss"] / args.accumulate).backward()
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        mean_of_processes(losses.values())
         for name, loss in losses.items():
-            loss = loss.detach()
-            mean_of_processes([loss])
             run.losses.setdefault(name, []).append(loss.item())
 
 @torch.no_grad()
