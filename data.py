@@ -191,12 +191,15 @@ class Source(torch.utils.data.Dataset):
 
 
 class ToyWorld(Source):
-    """Edits of the toy world, rendered when they are asked for; with `pairs`, entangled pairs."""
-    def __init__(self, split, size, seed=0, pairs=False):
+    """Edits of the toy world, rendered when they are asked for; with `pairs`, entangled pairs.
+    kind: one of toy.KINDS, or "" for all in turn."""
+    def __init__(self, split, size, seed=0, pairs=False, kind=""):
         super().__init__(range(size), toy.SIZE, seed, pairs)
-        self.split, self.biases = split, toy.BIASES
+        self.split, self.biases, self.kind = split, toy.BIASES, kind
 
     def load(self, epoch, index):
+        if self.kind:
+            index = index * len(toy.KINDS) + toy.KINDS.index(self.kind)
         edit = toy.edit(self.split, index, self.seed)
         scenes = [edit.scene]
         if self.pairs:

@@ -1,5 +1,6 @@
 """Sources of large data sets, and `open_data`, which finds out what the arguments name.
 
+    toy, toy:colour             the toy world, all its edits or those of one kind
     "cc3m/{00000..00331}.tar"   shards of img2dataset: KEY.jpg, KEY.txt (the caption), KEY.json
     clip-filtered-dataset       InstructPix2Pix's tree: seeds.json, DIR/prompt.json, DIR/SEED_0.jpg
 
@@ -23,10 +24,17 @@ MOST_SHARDS = 100_000                          # of a range
 IMAGES = ("jpg", "jpeg", "png", "webp")        # of a shard; its other members may be of any kind
 
 
+def is_toy(sources):
+    """Whether --data names nothing but the toy world."""
+    return all(re.split("[:=]", source)[0] == "toy" for source in sources)
+
 def open_source(path, split, resolution, seed=0, pairs=False, side={}):
     """The source that is at `path`.  side: the texts of a side file, as `read_texts` gives them."""
-    if path == "toy":
-        return ToyWorld(split, 1_000_000 if split == "train" else 64, seed, pairs)
+    name, _, kind = path.partition(":")
+    if name == "toy":
+        if kind and kind not in toy.KINDS:
+            raise ValueError(f"{path}: the kinds of edits are {', '.join(toy.KINDS)}")
+        return ToyWorld(split, 1_000_000 if split == "train" else 64, seed, pairs, kind)
     if re.search(r"\.(tar\.\w+|tgz)$", path):
         raise ValueError(f"{path}: unpack compressed shards to .tar, for instance by gunzip")
     if path.endswith(".tar"):
@@ -37,9 +45,9 @@ def open_source(path, split, resolution, seed=0, pairs=False, side={}):
 
 def open_data(args):
     """The training and the validation data that the arguments of train.py name."""
-    if args.texts and args.data == ["toy"]:
+    if args.texts and is_toy(args.data):
         raise ValueError("--texts has no effect with --data toy")
-    if any(s.split("=")[0] == "toy" for s in args.data) and args.resolution != toy.SIZE:
+    if any(is_toy([source]) for source in args.data) and args.resolution != toy.SIZE:
         raise ValueError(f"--data toy has images of --resolution {toy.SIZE}")
     side = read_texts(args.texts) if args.texts else {}
     pairs = args.objective == "ip2p"

@@ -24,7 +24,7 @@ from data import batches
 from edit import TOY, draw_cycle
 from losses import WEIGHTS, ClipScorer, content_words, cycle_losses
 from pictures import save_png
-from shards import open_data
+from shards import is_toy, open_data
 from uip2p import TIMESTEPS, EditModel, cycle
 
 SD15, VIT_L = "stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"
@@ -56,7 +56,7 @@ def parse(argv):
         shown = f"{row[1]}; toy: {row[2]}; its baseline: {row[3]}" if row else default
         p.add_argument(flag, help=f"{text} (default: {shown})", default=default, type=type, **kind)
 
-    add("--data", "toy, a folder, 'DIR/*.tar'; A=3 B mixes A and B, 3 to 1", ["toy"], nargs="+")
+    add("--data", "toy, toy:KIND, a folder, '*.tar'; A=3 B mixes them, 3 to 1", ["toy"], nargs="+")
     add("--texts", "a JSONL file with the texts that --data lacks")
     add("--validation", "like --data; if not given: its own split, or the training data")
     add("--output", "the folder of the run", Path("runs/cycle"), type=Path)
@@ -71,6 +71,8 @@ def parse(argv):
     add("--accumulate", "forward passes in a step", 1, type=positive_int)
     add("--resolution", "images are cropped to this square", type=number(int, 16, 2048))
     add("--lr", "learning rate of AdamW", type=non_negative_float)
+    add("--cooldown", "last steps, in which --lr falls to 0", 0, type=number(int, 0, 10 ** 9))
+    add("--t-min", "the smallest t of a forward edit", type=number(int, 0, TIMESTEPS - 1))
     add("--device", "cpu, cuda, mps", default_device(), type=device)
     add("--precision", "if not given: CPU and toy fp32, GPU bf16 or, without it, fp16", choices=DTYPES)
     add("--seed", "of everything", 0, type=seed_int)
@@ -79,10 +81,10 @@ def parse(argv):
 
     # ---- what the data and the objective decide
     supervised = args.objective == "ip2p"
-    toy = args.data == ["toy"]
-    for name in ("clip", "weights", "warmup") if supervised else ():
+    toy = is_toy(args.data)
+    for name in ("clip", "weights", "warmup", "t_min") if supervised else ():
         if getattr(args, name) != p.get_default(name):
-            p.error(f"--{name} has no effect with --objective ip2p")
+            p.error(f"--{name.replace('_', '-')} has no effect with --objective ip2p")
     given = dict(args.weights or [])
     for name in given.keys() - ALL_WEIGHTS.keys():
         p.error(f"--weights {name}: the losses are {', '.join(ALL_WEIGHTS)}")
@@ -165,7 +167,7 @@ def prepare(model, clip, args):
         for weight in network.parameters():
             if not weight.requires_grad:
                 weight.data = weight.data.to(DTYPES[args.precision])
-    model.unet.checkpointing = model.vae.checkpointing = args.data != ["toy"]     # saves memory
+    model.unet.checkpointing = model.vae.checkpointing = not is_toy(args.data)    # saves memory
     return [weight for weight in model.unet.parameters() if weight.requires_grad]
 
 def add_gradients(run, model, clip, loader, scaler, args):
@@ -245,7 +247,8 @@ def train(args):
         add_gradients(run, model, clip, loader, scaler, args)
         mean_of_processes(weight.grad for weight in trained)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((run.step + 1) / LR_WARMUP, 1)
+            group["lr"] = args.lr * min((run.step + 1) / LR_WARMUP, 1,
+                                        (args.steps - run.step) / max(args.cooldown, 1))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
         if not norm.isfinite() and scaler.get_scale() <= 1:       # fp16 first lowers its scale

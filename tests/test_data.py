@@ -75,6 +75,13 @@ def test_toy_world_gives_the_samples_asked_for():
     assert batch.reverse_instructions == [e.reverse_instruction for e in edits]
 
 
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_a_toy_world_of_one_kind_has_every_edit_of_that_kind(kind):
+    batch = of_toy(ToyWorld("validation", 4, seed=5, kind=kind), 0, 1, 2)
+    edits = [edit for edit in (toy.edit("validation", i, 5) for i in range(15)) if edit.kind == kind]
+    assert batch.instructions == [edit.instruction for edit in edits]
+
+
 def test_toy_world_shows_the_same_in_every_epoch():
     first, second = (of_toy(ToyWorld("train", 20, pairs=True), 7, epoch=epoch) for epoch in (0, 1))
     assert torch.equal(first.images, second.images) and torch.equal(first.edited_images, second.edited_images)
@@ -588,7 +595,7 @@ def test_a_path_says_what_it_is(tmp_path):
     assert isinstance(open_source(str(folder(tmp_path / "folder")), "train", 16), Folder)
     assert isinstance(open_source(str(tree(tmp_path / "tree", 2)), "train", 16, pairs=True), InstructPix2Pix)
     assert isinstance(open_source(some_shards(tmp_path, 2), "train", 16), Shards)
-    assert isinstance(open_source("toy", "train", 32), ToyWorld)
+    assert isinstance(open_source("toy", "train", 32), ToyWorld) and open_source("toy:add", "train", 32).kind == "add"
     with pytest.raises(ValueError, match="elsewhere/metadata.jsonl is missing"):
         open_source("elsewhere", "train", 16)
 

@@ -507,7 +507,7 @@ def test_a_run_that_was_stopped_in_the_middle_of_a_shard_sees_what_it_would_have
 def test_every_option_shows_the_default_that_holds(capsys):
     """Of three situations: the toy world, the toy's baseline, and other data."""
     shown = [action for action in train.parse([])[0]._actions if action.dest != "help"]
-    assert len(shown) == 19
+    assert len(shown) == 21
     for flags in ([], ["--objective", "ip2p"], ["--data", "photos"]):
         args = vars(options(*flags))
         for action in shown:
@@ -517,7 +517,7 @@ def test_every_option_shows_the_default_that_holds(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     out = capsys.readouterr().out
-    assert out.count("(default:") == 19
+    assert out.count("(default:") == 21
     assert train.__doc__.splitlines()[0] in out
 
 
@@ -532,7 +532,8 @@ def test_weights_name_losses_and_keep_the_others():
 
 
 def test_the_settings_of_the_data_are_defaults_that_flags_overrule():
-    for column, flags in ((1, ["--data", "photos"]), (2, []), (3, ["--objective", "ip2p"])):
+    for column, flags in ((1, ["--data", "photos"]), (1, ["--data", "toy", "photos"]), (2, []),
+                          (2, ["--data", "toy=3", "toy:colour"]), (3, ["--objective", "ip2p"])):
         args = vars(options(*flags))
         for name, row in train.SETTINGS.items():
             assert args[name] == row[column], (flags, name)
@@ -589,7 +590,7 @@ def test_other_settings_do_not_enter_the_same_folder(whole, capsys, flags):
 
 BAD_VALUES = {
     "--lr": ("nan", "inf", "-1", "fast"), "--batch-size": ("0", "-2", "2.5"), "--steps": ("0", "nan"),
-    "--accumulate": ("0",), "--resolution": ("0",), "--warmup": ("-1",),
+    "--accumulate": ("0",), "--resolution": ("0",), "--warmup": ("-1",), "--cooldown": ("-1",), "--t-min": ("-1", "1000"),
     "--seed": ("-1", "1e3"), "--save-every": ("0",), "--device": ("abacus",), "--precision": ("fp8",),
     "--objective": ("magic", "identity"), "--train": ("vae",),
     "--weights": ("1", "clip", "clip=", "clip=nan", "clip=-1", "=1", "delta=1")}
@@ -606,6 +607,7 @@ BAD_VALUES = {
     (["--data", "a=many"], "many"), (["--data", "toy=0", *TOY_MODEL], "--data toy=0"),
     (["--data", "a", "--texts", "no-such-texts"], "no-such-texts"), (["--texts", "a"], "--texts"),
     (["--resolution", "64"], "--resolution 32"), (["--data", "toy", "photos"], "--resolution 32"),
+    (["--data", "toy", "toy:tint"], "toy:tint: the kinds of edits are colour, background, shape, remove, add"),
     (["--data", "toy=2", "photos"], "--resolution 32"),
 ], ids=lambda value: " ".join(value).replace(str(ROOT), "") if isinstance(value, list) else "")
 def test_bad_arguments_are_refused_in_one_line_and_leave_nothing(tmp_path, capsys, argv, says):
@@ -614,7 +616,7 @@ def test_bad_arguments_are_refused_in_one_line_and_leave_nothing(tmp_path, capsy
 
 
 @pytest.mark.parametrize("flags", [
-    ["--clip", str(TOY / "clip")], ["--weights", "attn=0"], ["--warmup", "3"]], ids=str)
+    ["--clip", str(TOY / "clip")], ["--weights", "attn=0"], ["--warmup", "3"], ["--t-min", "0"]], ids=str)
 def test_an_option_without_effect_is_refused(tmp_path, capsys, flags):
     message = refuse(capsys, "--output", tmp_path / "run", "--objective", "ip2p", *flags)
     assert flags[0] in message and "no effect" in message and not (tmp_path / "run").exists()
@@ -869,7 +871,7 @@ def test_the_loss_of_one_batch_falls(model, objective):
     assert values[-1] < 0.9 * values[0]
 
 
-def test_the_learning_rate_is_warmed_up_and_stays(tmp_path, gradients, monkeypatch):
+def test_the_learning_rate_is_warmed_up_and_stays_until_it_cools_down(tmp_path, gradients, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
 
     def watched(self, *args, **kwargs):
@@ -881,13 +883,16 @@ def test_the_learning_rate_is_warmed_up_and_stays(tmp_path, gradients, monkeypat
     for steps in (1, 4):                                      # the second run goes on
         run(tmp_path / "run", steps, "--lr", 0.003)
     assert rates == pytest.approx([0.0015, 0.003, 0.003, 0.003])
+    rates.clear()
+    run(tmp_path / "cooled", 6, "--lr", 0.004, "--cooldown", 4)
+    assert rates == pytest.approx([0.002, 0.004, 0.004, 0.003, 0.002, 0.001])
 
 
 def test_what_the_cycle_and_its_losses_are_given(model, monkeypatch):
     """t is drawn from t_min on, t_hat from 0, each with noise of its own; --weights reach their place, and
     each instruction its own maps."""
-    args, batch, seen, trip = options("--weights", "sim=7"), toy_batch(64), [], object()
-    args.t_min, batch.reverse_instructions = 700, ["now undo it"] * 64        # in the toy world, all words are in line
+    args, batch, seen, trip = options("--weights", "sim=7", "--t-min", 700), toy_batch(64), [], object()
+    batch.reverse_instructions = ["now undo it"] * 64         # in the toy world, all words are in line
     assert options().t_min == 400 and options("--data", "photos").t_min == 0
 
     def watched(*given):
