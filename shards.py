@@ -32,7 +32,7 @@ def open_source(path, split, resolution, seed=0, pairs=False, side={}):
     """The source that is at `path`.  side: the texts of a side file, as `read_texts` gives them."""
     name, _, kind = path.partition(":")
     if name == "toy":
-        if kind and kind not in toy.KINDS:
+        if path != "toy" and kind not in toy.KINDS:
             raise ValueError(f"{path}: the kinds of edits are {', '.join(toy.KINDS)}")
         return ToyWorld(split, 1_000_000 if split == "train" else 64, seed, pairs, kind)
     if re.search(r"\.(tar\.\w+|tgz)$", path):

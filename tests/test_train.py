@@ -608,7 +608,7 @@ BAD_VALUES = {
     (["--data", "a", "--texts", "no-such-texts"], "no-such-texts"), (["--texts", "a"], "--texts"),
     (["--resolution", "64"], "--resolution 32"), (["--data", "toy", "photos"], "--resolution 32"),
     (["--data", "toy", "toy:tint"], "toy:tint: the kinds of edits are colour, background, shape, remove, add"),
-    (["--data", "toy=2", "photos"], "--resolution 32"),
+    (["--data", "toy:"], "toy:: the kinds of edits are"), (["--data", "toy=2", "photos"], "--resolution 32"),
 ], ids=lambda value: " ".join(value).replace(str(ROOT), "") if isinstance(value, list) else "")
 def test_bad_arguments_are_refused_in_one_line_and_leave_nothing(tmp_path, capsys, argv, says):
     assert says in refuse(capsys, "--output", tmp_path / "run", *argv)
